@@ -1,0 +1,96 @@
+"""Training checkpoints: a directory that is complete and verified, or not a checkpoint at all.
+
+A checkpoint is written under a temporary name, its files are flushed, a manifest (sizes and sha256) comes last, and the
+directory is renamed into place. One that does not match its manifest is passed over.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged; the message names the file and what is wrong with it."""
+
+
+@contextmanager
+def writing(root: Path, step: int) -> Iterator[Path]:
+    """Give a temporary directory to fill; make it the checkpoint of `step` when the block ends without an error."""
+    root.mkdir(parents=True, exist_ok=True)
+    for left_over in root.glob(".tmp-*"):
+        shutil.rmtree(left_over)
+    temporary, final = root / f".tmp-{os.getpid()}-{step}", root / _name(step)
+    temporary.mkdir()
+    try:
+        yield temporary
+        files = sorted(path for path in temporary.iterdir())
+        manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+        (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": manifest}, indent=2) + "\n")
+        for path in [*files, temporary / MANIFEST, temporary]:
+            _flush(path)
+        if final.exists():  # a damaged one that was passed over on resuming
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _flush(root)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def newest(root: Path) -> Path | None:
+    """Return the newest checkpoint that verifies, or None; warns of each damaged one that it passes over."""
+    for path in sorted(root.glob("step_*"), reverse=True):
+        try:
+            verify(path)
+        except CheckpointError as error:
+            warnings.warn(f"{error}; using the checkpoint before it", stacklevel=2)
+        else:
+            return path
+    return None
+
+
+def verify(path: Path) -> None:
+    """Compare every file with the manifest; raises `CheckpointError` naming the first that differs."""
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no {MANIFEST}, so not a complete checkpoint") from None
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{path / MANIFEST}: damaged") from None
+    for name, expected in files.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing")
+        if (size := file.stat().st_size) != expected["bytes"]:
+            raise CheckpointError(f"{file}: damaged, {size} bytes where the manifest says {expected['bytes']}")
+        if _sha256(file) != expected["sha256"]:
+            raise CheckpointError(f"{file}: damaged, its sha256 is not the manifest's")
+
+
+def prune(root: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints."""
+    for path in sorted(root.glob("step_*"))[:-keep]:
+        shutil.rmtree(path)
+
+
+def _name(step: int) -> str:
+    return f"step_{step:09d}"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

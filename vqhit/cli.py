@@ -1,0 +1,154 @@
+"""The `vqhit` command. Heavy imports stay inside the commands, so that `--help` is quick."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="vqhit",
+    help="Image tokenizers built on HiT: train, evaluate, reconstruct.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides: train.steps=1000.")]
+ModelDir = Annotated[Path, typer.Option("--model", help="Model folder: config.json and model.safetensors.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
+
+
+def main() -> None:
+    """Run the command; an error that the user can mend is one line on standard error and exit code 2."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        if os.environ.get("VQHIT_TRACEBACK"):
+            raise
+        print(f"vqhit: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from vqhit import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the demo's photographs, run and results.")] = Path(
+        "demo"
+    ),
+) -> None:
+    """Train a small tokenizer on scikit-image's photographs and reconstruct two that it has not seen.
+
+    Takes minutes on two CPU cores; run again, it reuses the trained model.
+
+    Example: vqhit demo
+    """
+    from rich.console import Console
+
+    from vqhit.demo import demo_config, print_results, run_demo
+
+    results = run_demo(demo_config(out, overrides or []), out)
+    print_results(results, Console())
+    print(f"{out / 'reconstruction.png'}: originals above reconstructions")
+    print(f"{out / 'results.json'}: these numbers; {out / 'model'}: the model, for VQHiT.from_pretrained")
+
+
+@app.command()
+def train(config: Annotated[Path, typer.Argument(help="YAML file of the run.")], overrides: Overrides = None) -> None:
+    """Train a tokenizer; the same command continues a run that was stopped.
+
+    Example: vqhit train configs/vqhit_imagenet256.yaml data.path=/data/imagenet/train train.batch_size=64
+    """
+    from vqhit.train import RunConfig, Trainer
+
+    trainer = Trainer(RunConfig.from_yaml(config, overrides or []))
+    if trainer.step:
+        print(f"continuing {trainer.run_dir} at step {trainer.step}")
+    folder = trainer.run()
+    print(f"{folder}: the trained model" if folder else f"stopped at step {trainer.step}; the same command continues")
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelDir,
+    data: Annotated[Path, typer.Option("--data", help="Folder of images, searched with its subfolders.")],
+    out: Annotated[Path, typer.Option("--out", help="JSON file to write.")] = Path("eval.json"),
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 16,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Evaluate this many images, evenly spaced.")
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", min=0, help="Loader processes.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Measure PSNR, SSIM, codebook usage and perplexity of a tokenizer on a folder of images.
+
+    Example: vqhit eval --model runs/mine/model --data /data/imagenet/val --limit 1000
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from vqhit.evaluate import evaluate_tokenizer
+    from vqhit.hub import write_atomic
+    from vqhit.models import VQHiT
+
+    tokenizer = VQHiT.from_pretrained(model, device=device)
+    results = {
+        "model": str(model),
+        **evaluate_tokenizer(tokenizer, data, batch_size=batch_size, limit=limit, workers=workers),
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, (json.dumps(results, indent=2) + "\n").encode())
+    table = Table(title=f"{model} on {results['images']} images of {data}")
+    for column in ("PSNR (dB)", "SSIM", "codes used", "codebook usage", "perplexity", "seconds"):
+        table.add_column(column, justify="right")
+    table.add_row(
+        f"{results['psnr']:.2f}",
+        f"{results['ssim']:.4f}",
+        f"{results['codes_used']} of {results['codebook_size']}",
+        f"{results['codebook_usage']:.1%}",
+        f"{results['codebook_perplexity']:.1f}",
+        f"{results['seconds']:.1f}",
+    )
+    Console().print(table)
+    print(f"{out}: the same, with the protocol")
+
+
+@app.command()
+def reconstruct(
+    photos: Annotated[list[Path], typer.Argument(help="JPEG, PNG or WebP files, of any size and mode.")],
+    model: ModelDir,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")],
+    device: Device = "auto",
+) -> None:
+    """Encode and decode photographs; writes each one's center crop beside its reconstruction as NAME.png.
+
+    Example: vqhit reconstruct cat.jpg dog.webp --model demo/model --out pictures
+    """
+    from vqhit.images import image_grid, pil_to_uint8
+    from vqhit.models import VQHiT
+
+    tokenizer = VQHiT.from_pretrained(model, device=device)
+    names = [photo.stem for photo in photos]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"two photographs would both be written to {out / twice[0]}.png; give them in two calls")
+    prepared = [tokenizer.preprocess(photo) for photo in photos]  # all of them, before anything is written
+    out.mkdir(parents=True, exist_ok=True)
+    for name, original in zip(names, prepared, strict=True):
+        tokens = tokenizer.encode(original)
+        pictures = tokenizer.postprocess(original) + tokenizer.postprocess(tokenizer.decode(tokens))
+        image_grid([[pil_to_uint8(picture) for picture in pictures]]).save(out / f"{name}.png")
+        print(f"{out / name}.png: original, reconstruction from {tokens.numel()} tokens")

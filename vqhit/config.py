@@ -1,0 +1,142 @@
+"""Configuration: YAML files and `a.b=c` overrides become frozen pydantic models; a typo is an error.
+
+Each module declares its own configuration, a subclass of `Config`, beside the code that reads it. Nothing in a
+configuration is executed or interpolated.
+"""
+
+import difflib
+import re
+from collections.abc import Hashable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+
+Count = Annotated[int, Strict(), Field(ge=1)]
+NonNegativeInt = Annotated[int, Strict(), Field(ge=0)]
+Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+NonNegative = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
+Flag = Annotated[bool, Strict()]
+Text = Annotated[str, Strict(), Field(min_length=1)]
+
+
+Problem = tuple[tuple[str | int, ...], str]
+"""The key, and what is wrong with it."""
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used: one line that names each key, what was found and what is allowed."""
+
+    def __init__(self, problems: str | list[Problem], source: str = "") -> None:
+        self.problems: list[Problem] = [((), problems)] if isinstance(problems, str) else problems
+        lines = [": ".join(filter(None, [".".join(map(str, key)), text])) for key, text in self.problems]
+        super().__init__(": ".join(filter(None, [source, "; ".join(lines)])))
+
+
+class Config(BaseModel):
+    """A frozen, keyword-only configuration; an unknown or ill-typed key raises `ConfigError`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError([problem for entry in error.errors() for problem in self._problems(entry)]) from None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "") -> Self:
+        """Build from nested mappings; `source` (a file name, say) opens the text of any `ConfigError`."""
+        try:
+            return cls(**{str(key): value for key, value in values.items()})
+        except ConfigError as error:
+            raise ConfigError(error.problems, source) from None
+
+    @classmethod
+    def from_yaml(cls, path: Path | str, overrides: Iterable[str] = ()) -> Self:
+        """Read a YAML file, apply overrides like `train.batch_size=64`, and validate.
+
+        Raises `ConfigError` for a missing or malformed file, an override without `=`, an unknown key (with the nearest
+        allowed one), and a value of the wrong type or range.
+        """
+        path = Path(path)
+        try:
+            values = _parse_yaml(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError("no such file", str(path)) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot be read: {error}", str(path)) from None
+        except ConfigError as error:
+            raise ConfigError(error.problems, str(path)) from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"found {type(values).__name__}; a configuration maps keys to values", str(path))
+        for override in overrides:
+            _apply(values, override)
+        return cls.from_dict(values, str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return nested dicts, lists and scalars, as JSON or YAML hold them."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """Return YAML that `from_yaml` reads back to an equal configuration."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=120)
+
+    @classmethod
+    def _problems(cls, entry: Any) -> list[Problem]:
+        """One pydantic error -> [(key, what was found and what is allowed)]."""
+        key = tuple(entry["loc"])
+        inner = entry.get("ctx", {}).get("error")
+        if isinstance(inner, ConfigError):  # raised by a nested Config: keep its own keys
+            return [(key + inner_key, text) for inner_key, text in inner.problems]
+        if isinstance(inner, ValueError):
+            return [(key, str(inner))]
+        if entry["type"] == "extra_forbidden":
+            allowed = list(cls.model_fields)
+            near = difflib.get_close_matches(str(key[-1]), allowed, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(allowed)}"
+            return [(key, f"unknown key; {hint}")]
+        if entry["type"] == "missing":
+            return [(key, "missing")]
+        return [(key, f"found {entry['input']!r}; {entry['msg'][0].lower()}{entry['msg'][1:]}")]
+
+
+class _Loader(yaml.SafeLoader):
+    """yaml.SafeLoader that reads 1e-4 as a number (YAML 1.2) and refuses a key written twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ConfigError(f"key {key!r} is given twice (line {node.start_mark.line + 1} and below)")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _parse_yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # _Loader is a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError("not valid YAML: " + " ".join(str(error).split())) from None
+
+
+def _apply(values: dict[Any, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"override {override!r}: expected key=value, as in train.batch_size=64")
+    try:
+        value = _parse_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(error.problems, f"override {override!r}") from None
+    for depth, part in enumerate(parts[:-1], start=1):
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"override {override!r}: {'.'.join(parts[:depth])} is a value, it has no keys below it")
+    values[parts[-1]] = value

@@ -1,0 +1,129 @@
+"""Photographs for training and evaluation: sources, stateless order, loaders.
+
+The order of images, their crops and flips are functions of the seed and the global sample index alone, so that nothing
+of a loader needs saving and any number of workers sees the same run.
+"""
+
+import functools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import AfterValidator, Strict
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vqhit import images
+from vqhit.config import Config, Flag, NonNegativeInt, Text
+
+
+def _share(value: float) -> float:
+    if not 0 < value <= 1:
+        raise ValueError(f"found {value}; allowed: above 0, at most 1")
+    return value
+
+
+Share = Annotated[float, Strict(), AfterValidator(_share)]
+
+
+class DataConfig(Config):
+    """Training images: a folder, searched with all its subfolders.
+
+    A training crop is a square, anywhere in the image, whose side is `crop_proportion` times the short side (0.875 on
+    ImageNet, as the official code), or a share drawn evenly between two such values.
+    """
+
+    path: Text
+    crop_proportion: Share | tuple[Share, Share] = 0.875
+    flip: Flag = True
+    workers: NonNegativeInt = 0
+    """Loader processes; 0 loads in the training process."""
+    cache_images: NonNegativeInt = 0
+    """Decoded images that each process keeps in memory: for small sets of large photographs."""
+
+
+def list_images(folder: Path | str) -> list[Path]:
+    """Return all image files below a folder, sorted by path; raises `ValueError` if there is no folder or no image."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder of images")
+    found: list[str] = []
+    pending = [str(folder)]
+    while pending:
+        with os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    pending.append(entry.path)
+                elif os.path.splitext(entry.name)[1].lower() in images.SUFFIXES:  # noqa: PTH122  (a million files)
+                    found.append(entry.path)
+    if not found:
+        raise ValueError(f"{folder}: no images in it or below ({', '.join(sorted(images.SUFFIXES))})")
+    return [Path(path) for path in sorted(found)]
+
+
+class TrainingCrops(Dataset[Tensor]):
+    """Sample n of an endless, shuffled, augmented pass over the images: n -> (3, S, S) uint8.
+
+    Epoch n // N visits every image once, in an order drawn from (seed, epoch); the crop and flip of sample n are drawn
+    from (seed, n).
+    """
+
+    def __init__(self, paths: list[Path], config: DataConfig, size: int, seed: int) -> None:
+        self.paths, self.config, self.size, self.seed = paths, config, size, seed
+        self._load = functools.lru_cache(maxsize=config.cache_images)(images.load_image)
+        self._order = functools.lru_cache(maxsize=2)(self._epoch_order)
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.paths))
+
+    def __getitem__(self, sample: int) -> Tensor:
+        epoch, position = divmod(sample, len(self.paths))
+        image = self._load(self.paths[self._order(epoch)[position]])
+        rng = np.random.default_rng((self.seed, 1, sample))
+        image = random_crop(image, self.size, self.config.crop_proportion, rng)
+        if self.config.flip and rng.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return images.pil_to_uint8(image)
+
+
+def random_crop(
+    image: Image.Image, size: int, proportion: float | tuple[float, float], rng: np.random.Generator
+) -> Image.Image:
+    """A random square of `proportion` times the short side, resized to `size` px (see `DataConfig`)."""
+    low, high = proportion if isinstance(proportion, tuple) else (proportion, proportion)
+    side = min(image.size) * rng.uniform(low, high)
+    left, top = rng.uniform(0, image.width - side), rng.uniform(0, image.height - side)
+    return images.crop_box(image, (left, top, side), size)
+
+
+def training_batches(
+    dataset: TrainingCrops, batch_size: int, first_step: int, last_step: int, workers: int
+) -> Iterator[Tensor]:
+    """Batches of steps first_step .. last_step - 1, each (B, 3, S, S) uint8."""
+    samples = range(first_step * batch_size, last_step * batch_size)
+    return iter(
+        DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=samples,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+    )
+
+
+class CenterCrops(Dataset[Tensor]):
+    """ADM center crops of image files, for evaluation: n -> (3, S, S) uint8."""
+
+    def __init__(self, paths: list[Path], size: int) -> None:
+        self.paths, self.size = paths, size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return images.pil_to_uint8(images.center_crop(images.load_image(self.paths[index]), self.size))

@@ -1,0 +1,159 @@
+"""The demo: a small tokenizer, trained and tried on the colour photographs that ship inside scikit-image."""
+
+import importlib.util
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from vqhit.checkpoint import newest
+from vqhit.evaluate import Reconstruction, psnr, ssim
+from vqhit.hub import write_atomic
+from vqhit.images import compare_grid, crop_box, from_uint8, load_image, pil_to_uint8, to_uint8
+from vqhit.models import VQHiT
+from vqhit.train import RunConfig, Trainer
+
+TRAINING_PHOTOS = (
+    "astronaut.png",
+    "hubble_deep_field.jpg",
+    "ihc.png",
+    "motorcycle_left.png",
+    "motorcycle_right.png",
+    "retina.jpg",
+    "rocket.jpg",
+)
+HELD_OUT_PHOTOS = ("chelsea.png", "coffee.png")
+
+
+def demo_config(out: Path, overrides: list[str]) -> RunConfig:
+    """Return configs/demo.yaml with its folders inside `out`; it lies beside the package, or in it once installed."""
+    package = Path(__file__).parent
+    found = [path for path in (package.parent / "configs", package / "configs") if (path / "demo.yaml").is_file()]
+    if not found:
+        raise ValueError(f"configs/demo.yaml is neither beside nor in {package}; install vqhit again")
+    folders = [f"run_dir={json.dumps(str(out / 'run'))}", f"data.path={json.dumps(str(out / 'photos' / 'train'))}"]
+    return RunConfig.from_yaml(found[0] / "demo.yaml", [*folders, *overrides])
+
+
+def run_demo(config: RunConfig, out: Path) -> dict[str, Any]:
+    """Train (or continue, or reuse) the demo's model in `out`, try it on the held-out photographs, return the results.
+
+    Writes results.json and reconstruction.png. Raises `ValueError` if scikit-image's photographs are not there.
+    """
+    started = time.perf_counter()
+    _copy_photos(TRAINING_PHOTOS, out / "photos" / "train")
+    _copy_photos(HELD_OUT_PHOTOS, out / "photos" / "held_out")
+    trainer = Trainer(config)
+    reused = trainer.step == config.train.steps
+    trained_from = trainer.step
+    if not reused or not (trainer.run_dir / "model").is_dir():
+        trainer.run()
+    trained_s = time.perf_counter() - started
+    folder = newest(trainer.run_dir / "checkpoints")
+    assert folder is not None  # the trainer ends with a checkpoint
+    model = VQHiT.from_pretrained(folder)
+    model.save_pretrained(out / "model")
+
+    crops = torch.cat([held_out_crops(out / "photos" / "held_out" / name, model) for name in HELD_OUT_PHOTOS])
+    evaluated = time.perf_counter()
+    measured = Reconstruction(model)
+    reconstructions = measured.update(crops)
+    coding_s = time.perf_counter() - evaluated
+
+    bits = model.num_tokens * math.log2(model.codebook_size)
+    mean_colour, thumbnails, thumbnail_px = *baselines(crops, bits), thumbnail_side(bits)
+    results = {
+        **measured.result(),
+        "psnr_mean_colour": float(psnr(crops, mean_colour).mean()),
+        "ssim_mean_colour": float(ssim(crops, mean_colour).mean()),
+        "psnr_thumbnail": float(psnr(crops, thumbnails).mean()),
+        "ssim_thumbnail": float(ssim(crops, thumbnails).mean()),
+        "thumbnail_px": thumbnail_px,
+        "image_size": model.config.image_size,
+        "tokens_per_image": model.num_tokens,
+        "codebook_size": model.codebook_size,
+        "bits_per_pixel": bits / model.config.image_size**2,
+        "steps": trainer.step,
+        "steps_this_time": trainer.step - trained_from,
+        "seconds": round(time.perf_counter() - started, 1),
+        "seconds_training": round(trained_s, 1),
+        "seconds_encode_decode": round(coding_s, 3),
+    }
+    write_atomic(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+    shown = [(crops[i], reconstructions[i]) for i in range(len(crops))]
+    picture = compare_grid(shown, columns=len(crops) // 2, enlarge=2)
+    picture.save(out / "reconstruction.png")
+    return results
+
+
+def print_results(results: dict[str, Any], console: Console) -> None:
+    """The demo's table: the tokenizer beside its two baselines."""
+    table = Table(title=f"{results['images']} crops of {len(HELD_OUT_PHOTOS)} photographs held out of training")
+    for column in ("", "tokens per image", "bits per pixel", "PSNR (dB)", "SSIM", "codes used", "seconds"):
+        table.add_column(column, justify="left" if not column else "right")
+    used = f"{results['codes_used']} of {results['codebook_size']}"
+    table.add_row(
+        "VQ-HiT",
+        str(results["tokens_per_image"]),
+        f"{results['bits_per_pixel']:.3f}",
+        f"{results['psnr']:.2f}",
+        f"{results['ssim']:.3f}",
+        used,
+        f"{results['seconds']:.0f}",
+    )
+    side = results["thumbnail_px"]
+    for name, key, bits in (
+        (f"thumbnail, {side}x{side} px", "thumbnail", 24 * side**2 / results["image_size"] ** 2),
+        ("mean colour", "mean_colour", 24 / results["image_size"] ** 2),
+    ):
+        numbers = (f"{results[f'psnr_{key}']:.2f}", f"{results[f'ssim_{key}']:.3f}")
+        table.add_row(name, "-", f"{bits:.3f}", *numbers, "-", "-")
+    console.print(table)
+
+
+def held_out_crops(photo: Path, model: VQHiT) -> Tensor:
+    """Six square crops, two rows of three, that cover most of a landscape photograph: (6, 3, S, S) uint8."""
+    image = load_image(photo)
+    side = min(image.height / 2, image.width / 3)
+    left, top = (image.width - 3 * side) / 2, (image.height - 2 * side) / 2
+    boxes = [(left + column * side, top + row * side, side) for row in range(2) for column in range(3)]
+    return torch.stack([pil_to_uint8(crop_box(image, box, model.config.image_size)) for box in boxes])
+
+
+def thumbnail_side(bits: float) -> int:
+    """Side in px of the square thumbnail, 24 bits a pixel, whose size comes nearest to `bits`; at least 1."""
+    return max(1, round(math.sqrt(bits / 24)))
+
+
+def baselines(crops: Tensor, bits: float) -> tuple[Tensor, Tensor]:
+    """Two things to beat: each crop's mean colour, and a thumbnail of the same number of bits, enlarged bilinearly.
+
+    (B, 3, S, S) uint8 -> two of the same shape. The thumbnail is area-downsampled and kept in 8 bits a channel.
+    """
+    images, size = from_uint8(crops), crops.shape[-2:]
+    mean_colour = to_uint8(images.mean((2, 3), keepdim=True)).expand_as(crops)
+    side = thumbnail_side(bits)
+    thumbnails = from_uint8(to_uint8(F.interpolate(images, size=(side, side), mode="area")))
+    enlarged = F.interpolate(thumbnails, size=size, mode="bilinear", align_corners=False)
+    return mean_colour, to_uint8(enlarged)
+
+
+def _copy_photos(names: tuple[str, ...], folder: Path) -> None:
+    spec = importlib.util.find_spec("skimage")
+    if spec is None or spec.origin is None:
+        raise ValueError("the demo's photographs come with scikit-image; install it: pip install 'vqhit[demo]'")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        source = Path(spec.origin).parent / "data" / name
+        if not source.is_file():
+            raise ValueError(f"{source}: missing; the demo needs a scikit-image that ships this photograph (0.22 does)")
+        if not (folder / name).exists():
+            shutil.copyfile(source, folder / name)

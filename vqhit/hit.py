@@ -1,0 +1,235 @@
+"""HiT, the transformer decoder of "Improved Transformer for High-Resolution GANs" (Zhao et al., NeurIPS 2021).
+
+`HiTBackbone` is Algorithm 1 from the first 8x8 feature map to the image. Two stems feed it: `NoiseStem` makes the
+feature map and the latent tokens from a noise vector (the GAN generator), `CodeStem` makes them from a grid of codebook
+vectors (the VQ-HiT decoder). Where the paper and its official TensorFlow code part, the code decides.
+"""
+
+from itertools import pairwise
+from typing import Literal, Self
+
+import torch
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from vqhit.config import Config, Count, Flag, NonNegativeInt
+from vqhit.layers import (
+    MLP,
+    BatchNorm,
+    CrossAttentionBlock,
+    Linear,
+    SelfAttentionBlock,
+    block,
+    depth_to_space,
+    space_to_depth,
+    truncated_normal_,
+    unblock,
+)
+
+FIRST_SIZE = 8
+"""Height and width of the first feature map, in every HiT."""
+
+# Name: widths, depths, block sizes per stage. Table 9's widths for hit-s-256 give 34.73 million parameters where
+# Table 4 says 38.01 (which 512 256 128 128 64 64 would give): the paper disagrees with itself.
+_PRESETS: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {
+    "hit-s-256": ((512, 256, 128, 64, 32, 32), (2, 2, 1, 1, 1, 1), (4, 4, 8, 8)),
+    "hit-b-256": ((512, 512, 256, 128, 64, 64), (2, 2, 2, 2, 1, 1), (4, 4, 8, 8)),
+    "hit-l-256": ((1024, 512, 256, 128, 128, 128), (2, 2, 2, 2, 2, 2), (4, 4, 8, 8)),
+    "hit-b-1024": ((512, 512, 256, 128, 64, 64, 32, 32), (2, 2, 2, 2, 1, 1, 1, 1), (4, 4, 8, 8)),
+    "hit-b-128": ((512, 512, 256, 128, 128), (2, 2, 2, 2, 2), (4, 4, 8, 8)),
+    "hit-l-128": ((1024, 512, 256, 128, 128), (2, 2, 2, 2, 2), (4, 4, 8, 8)),
+}
+_HEADS = (16, 8, 4, 4, 4, 4, 4, 4)
+
+
+class HiTConfig(Config):
+    """The sizes of a HiT, one entry a stage; the map doubles in size from stage to stage, starting at 8x8.
+
+    `block_sizes` holds the side of the attention blocks of the low-resolution stages; later stages are high-resolution
+    ones, without self-attention and with an RGB head (paper section 3.1).
+    """
+
+    kind: Literal["hit"] = "hit"
+    widths: tuple[Count, ...]
+    depths: tuple[NonNegativeInt, ...]
+    heads: tuple[Count, ...]
+    block_sizes: tuple[Count, ...]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        stages = len(self.widths)
+        for name in ("depths", "heads"):
+            if (found := len(getattr(self, name))) != stages:
+                raise ValueError(f"{name} has {found} entries and widths has {stages}; one each per stage")
+        if not len(self.block_sizes) < stages:
+            raise ValueError(
+                f"block_sizes has {len(self.block_sizes)} entries for {stages} stages; the last stage makes the image "
+                "and has no self-attention, so at most one entry less"
+            )
+        for stage, (width, heads) in enumerate(zip(self.widths, self.heads, strict=True)):
+            if width % 4 or width % heads:
+                raise ValueError(f"stage {stage}: width {width} must be divisible by 4 and by its {heads} heads")
+            if stage < len(self.block_sizes):
+                size, block_size = FIRST_SIZE << stage, self.block_sizes[stage]
+                if heads % 2:
+                    raise ValueError(f"stage {stage}: {heads} heads; half are regional, half dilated: an even number")
+                if size % block_size:
+                    raise ValueError(f"stage {stage}: a {size}x{size} map does not divide into blocks of {block_size}")
+        return self
+
+    @property
+    def resolution(self) -> int:
+        """Height and width of the image in pixels."""
+        return FIRST_SIZE << (len(self.widths) - 1)
+
+    @classmethod
+    def preset(cls, name: str) -> Self:
+        """Return the sizes of `hit-{s,b,l}-256`, `hit-b-1024` or `hit-{b,l}-128` (paper Tables 4 and 9)."""
+        if name not in _PRESETS:
+            raise ValueError(f"no preset {name!r}; there are: {', '.join(_PRESETS)}")
+        widths, depths, block_sizes = _PRESETS[name]
+        return cls(widths=widths, depths=depths, heads=_HEADS[: len(widths)], block_sizes=block_sizes)
+
+
+class ToRGB(nn.Module):
+    """Norm and linear to RGB, plus the image of the stage before, doubled (nearest): (B, H, W, C) -> (B, H, W, 3)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = BatchNorm(width)
+        self.linear = Linear(width, 3)
+
+    def forward(self, x: Tensor, image: Tensor | None) -> Tensor:
+        rgb = self.linear(self.norm(x))
+        if image is None:
+            return rgb
+        return rgb + image.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+
+
+class Stage(nn.Module):
+    """One stage: position embedding, cross-attention block, self-attention blocks or MLPs: (B, H, W, C) -> the same.
+
+    Low-resolution stages (`block_size` given) are blocked once and unblocked once; the others add to the image so far.
+    """
+
+    def __init__(self, size: int, width: int, depth: int, heads: int, block_size: int | None, token_width: int) -> None:
+        super().__init__()
+        self.block_size = block_size
+        self.position_embedding = nn.Parameter(truncated_normal_(torch.empty(size, size, width)))
+        self.cross = CrossAttentionBlock(width, heads, token_width)
+        self.blocks = nn.ModuleList(
+            MLP(width) if block_size is None else SelfAttentionBlock(width, heads) for _ in range(depth)
+        )
+        self.to_rgb = ToRGB(width) if block_size is None else None
+
+    def forward(self, x: Tensor, tokens: Tensor, image: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        height = x.shape[1]
+        x = x + self.position_embedding
+        if self.block_size is not None:
+            x = block(x, self.block_size)
+        x = self.cross(x, tokens)
+        for layer in self.blocks:
+            x = layer(x)
+        if self.block_size is not None:
+            x = unblock(x, self.block_size, height)
+        return x, image if self.to_rgb is None else self.to_rgb(x, image)
+
+
+class HiTBackbone(nn.Module):
+    """Algorithm 1 after its stem: map (B, 8, 8, C0), latent tokens (B, T, C0) -> image (B, 3, H, W), unclamped."""
+
+    def __init__(self, config: HiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = config.widths
+        self.stages = nn.ModuleList(
+            Stage(
+                size=FIRST_SIZE << index,
+                width=width,
+                depth=config.depths[index],
+                heads=config.heads[index],
+                block_size=config.block_sizes[index] if index < len(config.block_sizes) else None,
+                token_width=widths[0],
+            )
+            for index, width in enumerate(widths)
+        )
+        self.upsamplings = nn.ModuleList(  # after each pixel shuffle; nothing to do where the widths already agree
+            nn.Identity() if before // 4 == after else Linear(before // 4, after) for before, after in pairwise(widths)
+        )
+
+    def forward(self, x: Tensor, tokens: Tensor, skip: Tensor | None = None) -> Tensor:
+        """`skip` (B, 16, 16, C1), if any, is added to the map that enters the second stage (`stem.skip`)."""
+        image: Tensor | None = None
+        for index, stage in enumerate(self.stages):
+            if index > 0:
+                x = self.upsamplings[index - 1](depth_to_space(x))
+            if index == 1 and skip is not None:
+                x = x + skip
+            x, image = stage(x, tokens, image)
+        assert image is not None  # HiTConfig: the last stage always has an RGB head
+        return image.permute(0, 3, 1, 2).contiguous()
+
+
+class LatentTokens(nn.Module):
+    """Project, add positions, normalise: the tokens that every cross-attention reads: (B, T, D) -> (B, T, C0).
+
+    Departure: the paper has no norm here; the official code has this one, at the source.
+    """
+
+    def __init__(self, num_tokens: int, width: int) -> None:
+        super().__init__()
+        self.position_embedding = nn.Parameter(truncated_normal_(torch.empty(num_tokens, width)))
+        self.norm = BatchNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.position_embedding)
+
+
+class NoiseStem(nn.Module):
+    """Noise to first map and latent tokens, one linear layer each: (B, D) -> (B, 8, 8, C0), (B, 16, C0).
+
+    Departure: Algorithm 1 has 8x8 latent tokens; the official code, and Table 4's parameter counts, have 4x4.
+    """
+
+    num_tokens = 16
+
+    def __init__(self, latent_dim: int, width: int) -> None:
+        super().__init__()
+        self.feature_map = Linear(latent_dim, FIRST_SIZE * FIRST_SIZE * width)
+        self.token_projection = Linear(latent_dim, self.num_tokens * width)
+        self.tokens = LatentTokens(self.num_tokens, width)
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        feature_map = self.feature_map(z).unflatten(1, (FIRST_SIZE, FIRST_SIZE, -1))
+        tokens = self.tokens(self.token_projection(z).unflatten(1, (self.num_tokens, -1)))
+        return feature_map, tokens
+
+
+class StemConfig(Config):
+    """How codes enter HiT: `latent_grid` ² latent tokens; `skip` adds a linear layer of the 16x16 codes at stage 2."""
+
+    latent_grid: Count = 4
+    skip: Flag = False
+
+
+class CodeStem(nn.Module):
+    """Codebook vectors to first map, tokens and skip: (B, C, h, w) -> (B, 8, 8, C0), (B, T, C0), (B, 16, 16, C1).
+
+    Ours: the paper (appendix A.5) does not say how a 16x16 grid of codes enters the 8x8 first stage. Each input is the
+    whole grid by space-to-depth, then one linear layer; nothing is pooled away.
+    """
+
+    def __init__(self, config: StemConfig, code_grid: int, code_dim: int, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        self.feature_factor = code_grid // FIRST_SIZE
+        self.token_factor = code_grid // config.latent_grid
+        self.feature_map = Linear(self.feature_factor**2 * code_dim, widths[0])
+        self.token_projection = Linear(self.token_factor**2 * code_dim, widths[0])
+        self.tokens = LatentTokens(config.latent_grid**2, widths[0])
+        self.skip = Linear(code_dim, widths[1]) if config.skip else None
+
+    def forward(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        codes = codes.permute(0, 2, 3, 1)
+        feature_map = self.feature_map(space_to_depth(codes, self.feature_factor))
+        tokens = self.tokens(self.token_projection(space_to_depth(codes, self.token_factor).flatten(1, 2)))
+        return feature_map, tokens, None if self.skip is None else self.skip(codes)

@@ -1,0 +1,139 @@
+"""Strict saving and loading of models as a folder: config.json and model.safetensors, nothing that executes.
+
+Loading refuses what does not fit exactly: a missing, extra or misshapen tensor, an unknown or ill-typed configuration
+key, another class's folder, a newer format.
+"""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import nn
+
+from vqhit import __version__
+from vqhit.config import Config, ConfigError
+
+FORMAT_VERSION = 1
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+class Pretrained(nn.Module):
+    """A module built from one `Config`, with `save_pretrained` and `from_pretrained`."""
+
+    config_class: ClassVar[type[Config]]
+    config: Any
+
+    def save_pretrained(self, directory: Path | str) -> None:
+        """Write config.json and model.safetensors; each file is complete or absent, never half-written."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        head = {"model": type(self).__name__, "format_version": FORMAT_VERSION, "vqhit_version": __version__}
+        text = json.dumps({**head, "config": self.config.to_dict()}, indent=2) + "\n"
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        write_atomic(directory / WEIGHTS_FILE, save(weights, metadata={"format": "pt"}))
+        write_atomic(directory / CONFIG_FILE, text.encode())
+
+    @classmethod
+    def from_pretrained(
+        cls, path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> Self:
+        """Load a folder written by `save_pretrained`, in eval mode.
+
+        `device` may also be `auto`: CUDA where there is one. `dtype` converts the floating-point tensors; without it
+        they stay as they are on disk. Raises `ValueError` (or `ConfigError`) naming the key, tensor or file that does
+        not fit.
+        """
+        directory = Path(path)
+        if not directory.is_dir():
+            raise ValueError(f"{directory}: no such folder; a model folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+        config = cls._read_config(directory / CONFIG_FILE)
+        with torch.device("meta"):
+            model = cls(config)
+        weights = _read_weights(directory / WEIGHTS_FILE, select_device(device))
+        _check_tensors(model.state_dict(), weights, directory / WEIGHTS_FILE)
+        model.load_state_dict(weights, strict=True, assign=True)
+        return model.to(dtype=dtype).eval()
+
+    @classmethod
+    def _read_config(cls, path: Path) -> Any:
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError("no such file", str(path)) from None
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"not a readable JSON file: {error}", str(path)) from None
+        if not isinstance(values, dict) or not isinstance(values.get("config"), dict):
+            raise ConfigError("not written by vqhit: it has no 'config' mapping", str(path))
+        found, version = values.get("format_version"), values.get("vqhit_version")
+        if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+            raise ConfigError(f"format_version: found {found!r}; expected {FORMAT_VERSION}", str(path))
+        if found > FORMAT_VERSION:
+            raise ConfigError(
+                f"format_version {found} is newer than this vqhit ({__version__}) reads, {FORMAT_VERSION}; install "
+                f"vqhit {version} or later",
+                str(path),
+            )
+        if (name := values.get("model")) != cls.__name__:
+            raise ConfigError(f"holds a {name}; load it with vqhit.{name}, not vqhit.{cls.__name__}", str(path))
+        if unknown := sorted(values.keys() - {"model", "format_version", "vqhit_version", "config"}):
+            raise ConfigError(f"unknown key {', '.join(map(repr, unknown))}", str(path))
+        return cls.config_class.from_dict(values["config"], str(path))
+
+
+def select_device(name: torch.device | str) -> torch.device:
+    """Return a device by name, `auto` for CUDA where there is one; raises `ConfigError` if it cannot be used here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {str(name)!r} cannot be used here ({str(error).splitlines()[0]})") from None
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name, flush it to disk, then rename it into place."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _read_weights(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
+    try:
+        weights: dict[str, torch.Tensor] = load_file(path, device=str(device))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged, or not a safetensors file ({error})") from None
+    return weights
+
+
+def _check_tensors(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], path: Path) -> None:
+    if missing := sorted(expected.keys() - found.keys()):
+        raise ValueError(f"{path}: missing tensor {_some(missing)}")
+    if extra := sorted(found.keys() - expected.keys()):
+        raise ValueError(f"{path}: extra tensor {_some(extra)}")
+    for name, tensor in expected.items():
+        if found[name].shape != tensor.shape:
+            raise ValueError(
+                f"{path}: tensor {name} is {tuple(found[name].shape)}; the configuration says {tuple(tensor.shape)}"
+            )
+        if found[name].dtype.is_floating_point != tensor.dtype.is_floating_point:
+            raise ValueError(f"{path}: tensor {name} is {found[name].dtype}; expected {tensor.dtype}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,110 @@
+"""Files, PIL images, uint8 and float tensors: safe decoding, crops, the two range conversions, grids.
+
+uint8 images are (3, H, W) or (B, 3, H, W); float images lie in [-1, 1].
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+SUFFIXES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif"})
+
+
+class ImageError(ValueError):
+    """A file that cannot be read as an image; the message names it and says why."""
+
+
+def load_image(path: Path | str) -> Image.Image:
+    """Read a JPEG, PNG, WebP, BMP or GIF file of any mode as an RGB image, turned as its EXIF tag says.
+
+    Of an animation the first frame is read. Raises `ImageError` for anything that does not decode, a picture above
+    PIL's size limit (a decompression bomb) included.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return to_rgb(image)
+    except FileNotFoundError:
+        raise ImageError(f"{path}: no such file") from None
+    except UnidentifiedImageError:
+        raise ImageError(f"{path}: not an image in a format that is read ({', '.join(FORMATS)})") from None
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise ImageError(f"{path}: the image cannot be decoded ({' '.join(str(error).split())})") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL mode -> RGB: EXIF rotation applied, transparency laid over white, 16-bit grey scaled to 8."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
+        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's center crop to `size` x `size` px: halve with a box filter, resize bicubically, cut the middle out.
+
+    Equal to `center_crop_arr` of openai/guided-diffusion, the crop that most published reconstruction scores use.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def crop_box(image: Image.Image, box: tuple[float, float, float], size: int) -> Image.Image:
+    """Cut the square (left, top, side), in px and fractions of px, and resize it to `size` px (antialiased bicubic)."""
+    left, top, side = box
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+
+
+def pil_to_uint8(image: Image.Image) -> Tensor:
+    """RGB PIL image -> (3, H, W) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def uint8_to_pil(image: Tensor) -> Image.Image:
+    """(3, H, W) uint8 -> RGB PIL image."""
+    return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """uint8 0..255 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Float in [-1, 1] -> uint8 0..255, clamped and rounded (never truncated); the inverse of `from_uint8`."""
+    return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def image_grid(rows: Sequence[Sequence[Tensor]], gap_px: int = 4, enlarge: int = 1) -> Image.Image:
+    """Lay out rows of (3, H, W) uint8 images of one size on white, each enlarged by a whole factor."""
+    height, width = (side * enlarge for side in rows[0][0].shape[1:])
+    columns = max(len(row) for row in rows)
+    canvas = Image.new(
+        "RGB", (columns * (width + gap_px) + gap_px, len(rows) * (height + gap_px) + gap_px), color="white"
+    )
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            tile = uint8_to_pil(image).resize((width, height), Image.Resampling.NEAREST)
+            canvas.paste(tile, (gap_px + x * (width + gap_px), gap_px + y * (height + gap_px)))
+    return canvas
+
+
+def compare_grid(pairs: Sequence[tuple[Tensor, Tensor]], columns: int = 8, enlarge: int = 1) -> Image.Image:
+    """Originals above their reconstructions, `columns` pairs to a row; both (3, H, W) uint8."""
+    rows: list[list[Tensor]] = []
+    for start in range(0, len(pairs), columns):
+        chunk = pairs[start : start + columns]
+        rows += [[original for original, _ in chunk], [reconstruction for _, reconstruction in chunk]]
+    return image_grid(rows, enlarge=enlarge)

@@ -1,0 +1,178 @@
+"""The layers of HiT: multi-axis and cross attention, MLP, normalisation, blocking, pixel shuffle, initialisation.
+
+Feature maps are channels-last, (B, H, W, C) or blocked: (B, G, P, C) holds G blocks of P pixels each, both row-major.
+Conventions and numbers follow the official TensorFlow code (google-research/hit-gan) wherever the paper leaves a gap.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+def block(x: Tensor, size: int) -> Tensor:
+    """Cut a map into `size` x `size` blocks: (B, H, W, C) -> (B, H/size * W/size, size², C) (paper section 3.2)."""
+    return rearrange(x, "b (gh ph) (gw pw) c -> b (gh gw) (ph pw) c", ph=size, pw=size)
+
+
+def unblock(x: Tensor, size: int, height: int) -> Tensor:
+    """Undo `block`: (B, G, size², C) -> (B, height, W, C)."""
+    return rearrange(x, "b (gh gw) (ph pw) c -> b (gh ph) (gw pw) c", ph=size, pw=size, gh=height // size)
+
+
+def space_to_depth(x: Tensor, factor: int) -> Tensor:
+    """Move `factor` x `factor` pixels into channels: (B, H, W, C) -> (B, H/factor, W/factor, factor² C)."""
+    return rearrange(x, "b (h dy) (w dx) c -> b h w (dy dx c)", dy=factor, dx=factor)
+
+
+def depth_to_space(x: Tensor, factor: int = 2) -> Tensor:
+    """Pixel shuffle, channel (dy * factor + dx) * C + c: (B, H, W, factor² C) -> (B, factor H, factor W, C).
+
+    This is TensorFlow's channel order; `torch.nn.functional.pixel_shuffle` has c * factor² + dy * factor + dx.
+    """
+    return rearrange(x, "b h w (dy dx c) -> b (h dy) (w dx) c", dy=factor, dx=factor)
+
+
+def truncated_normal_(weight: Tensor) -> Tensor:
+    """Fill with N(0, 0.02²) cut at two standard deviations: the start of every HiT kernel and position embedding."""
+    return nn.init.trunc_normal_(weight, std=0.02, a=-0.04, b=0.04)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` with HiT's initialisation: truncated normal weight, zero bias."""
+
+    def reset_parameters(self) -> None:
+        truncated_normal_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch normalisation of the last axis over all others: (..., C) -> (..., C).
+
+    Keras' epsilon 1e-3 and momentum 0.99 (torch counts the other way: 0.01). The running variance is the unbiased one.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=1e-3, momentum=0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.reshape(-1, x.shape[-1])).view(x.shape)
+
+
+@torch.no_grad()
+def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Replace the running statistics by averages over `batches`, run through `model` as it is now.
+
+    The usual running average trails weights that move fast: after a few hundred steps evaluation would see statistics
+    of weights long gone. Leaves the model in the mode it was in.
+    """
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    training, momenta = model.training, [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # torch: a plain average over all batches
+    model.train()
+    for batch in batches:
+        model(batch)
+    model.train(training)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+def _attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Multi-query attention: (B, N, L, heads, d) queries, (B, N, S, d) keys and values -> (B, N, L, heads, d).
+
+    All heads share one head of keys and values, so the heads fold into the query length: one fused call, no repeated
+    keys. Logits are divided by √d. Departure: Algorithm 2 shows no scale, but the official code has it.
+    """
+    length = queries.shape[2]
+    queries = rearrange(queries, "b n l h d -> b n (l h) d")
+    out = F.scaled_dot_product_attention(queries, keys, values)
+    return rearrange(out, "b n (l h) d -> b n l h d", l=length)
+
+
+class MultiAxisAttention(nn.Module):
+    """Blocked multi-axis self-attention (paper section 3.2, Algorithm 2): (B, G, P, C) -> (B, G, P, C).
+
+    The first half of the heads is regional: it attends inside each block. The second half is dilated: it attends across
+    blocks, among pixels at the same position. Departure: Algorithm 2 gives the halves the other way round; this is the
+    official code's order. One output projection joins them.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = Linear(width, width)
+        self.key = Linear(width, width // heads)
+        self.value = Linear(width, width // heads)
+        self.output = Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries = rearrange(self.query(x), "b g p (h d) -> b g p h d", h=self.heads)
+        regional, dilated = queries.chunk(2, dim=3)
+        keys, values = self.key(x), self.value(x)
+        regional = _attend(regional, keys, values)
+        dilated = _attend(dilated.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)).transpose(1, 2)
+        return self.output(torch.cat([regional, dilated], dim=3).flatten(3))
+
+
+class CrossAttention(nn.Module):
+    """Cross-attention of every pixel to the latent tokens (section 3.3): (B, ..., C), (B, T, D) -> (B, ..., C)."""
+
+    def __init__(self, width: int, heads: int, token_width: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = Linear(width, width)
+        self.key = Linear(token_width, width // heads)
+        self.value = Linear(token_width, width // heads)
+        self.output = Linear(width, width)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        queries = rearrange(self.query(x), "b ... (h d) -> b 1 (...) h d", h=self.heads)
+        out = _attend(queries, self.key(tokens).unsqueeze(1), self.value(tokens).unsqueeze(1))
+        return self.output(out.reshape(x.shape))
+
+
+class MLP(nn.Module):
+    """x + fc2(GELU(fc1(norm(x)))), four times as wide inside: (..., C) -> (..., C).
+
+    Departure: the paper says ReLU (appendix A.1); the official code uses the exact GELU.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = BatchNorm(width)
+        self.fc1 = Linear(width, 4 * width)
+        self.fc2 = Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc2(F.gelu(self.fc1(self.norm(x))))
+
+
+class SelfAttentionBlock(nn.Module):
+    """x + attention(norm(x)), then the MLP: (B, G, P, C) -> (B, G, P, C)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm = BatchNorm(width)
+        self.attention = MultiAxisAttention(width, heads)
+        self.mlp = MLP(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x + self.attention(self.norm(x)))
+
+
+class CrossAttentionBlock(nn.Module):
+    """x + attention(norm(x), tokens), then the MLP: (B, ..., C), (B, T, D) -> (B, ..., C)."""
+
+    def __init__(self, width: int, heads: int, token_width: int) -> None:
+        super().__init__()
+        self.norm = BatchNorm(width)
+        self.attention = CrossAttention(width, heads, token_width)
+        self.mlp = MLP(width)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        return self.mlp(x + self.attention(self.norm(x), tokens))

@@ -1,0 +1,245 @@
+"""The two models: `VQHiT`, an image tokenizer, and `HiTGenerator`, a GAN generator on the same backbone.
+
+Composition and shapes only; training is elsewhere. Images are (B, 3, H, W) floats in [-1, 1].
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import torch
+from PIL import Image
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from vqhit import images as image_files
+from vqhit.config import Config, Count
+from vqhit.hit import FIRST_SIZE, CodeStem, HiTBackbone, HiTConfig, NoiseStem, StemConfig
+from vqhit.hub import Pretrained
+from vqhit.quantizer import Quantized, Quantizer, QuantizerConfig
+from vqhit.vqgan import Encoder, EncoderConfig
+
+
+class VQHiTConfig(Config):
+    """An encoder, a codebook, and a HiT decoder fed by a code stem; the image size is the decoder's resolution."""
+
+    encoder: EncoderConfig
+    quantizer: QuantizerConfig
+    stem: StemConfig
+    decoder: HiTConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        grid, image_size = self.token_grid[0], self.image_size
+        if grid < FIRST_SIZE:
+            raise ValueError(
+                f"the encoder turns {image_size} px into a {grid}x{grid} token grid; HiT needs at least "
+                f"{FIRST_SIZE}x{FIRST_SIZE}"
+            )
+        if grid % self.stem.latent_grid:
+            raise ValueError(f"stem.latent_grid {self.stem.latent_grid} does not divide the {grid}x{grid} token grid")
+        if self.stem.skip and grid != 2 * FIRST_SIZE:
+            raise ValueError(
+                f"stem.skip needs a token grid of 16x16, the second stage's map; this one is {grid}x{grid}"
+            )
+        return self
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images in pixels."""
+        return self.decoder.resolution
+
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """Height and width of the grid of tokens."""
+        side = self.image_size // self.encoder.downsampling
+        return side, side
+
+    @classmethod
+    def preset(cls, name: str) -> Self:
+        """Return `vqhit-{s,b,l}-256`: the VQGAN f16 encoder, 1024 codes, and the HiT of that size (appendix A.5)."""
+        if name not in (presets := [f"vqhit-{size}-256" for size in "sbl"]):
+            raise ValueError(f"no preset {name!r}; there are: {', '.join(presets)}")
+        return cls(
+            encoder=EncoderConfig(),
+            quantizer=QuantizerConfig(),
+            stem=StemConfig(),
+            decoder=HiTConfig.preset(name.removeprefix("vq")),
+        )
+
+
+class VQHiTOutput(NamedTuple):
+    """What a training forward pass returns."""
+
+    reconstruction: Tensor
+    """(B, 3, H, W), unclamped."""
+    tokens: Tensor
+    """(B, h, w) int64."""
+    codebook_loss: Tensor
+    """Scalar."""
+    latents: Tensor
+    """The encoder's output before quantization, (B, C, h, w)."""
+
+
+class VQHiT(Pretrained):
+    """An image tokenizer: VQGAN encoder, codebook, HiT decoder (paper section 4.3 and appendix A.5).
+
+    `encode` and `decode` are for use and take no gradient; call `eval()` first on a model that was not loaded, since
+    HiT's batch normalisation differs in training mode. Calling the model is the training pass.
+    """
+
+    config_class = VQHiTConfig
+    config: VQHiTConfig
+
+    def __init__(self, config: VQHiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config.encoder, config.image_size)
+        self.quant_conv = nn.Conv2d(config.encoder.z_channels, config.quantizer.dim, kernel_size=1)
+        self.quantizer = Quantizer(config.quantizer)
+        self.stem = CodeStem(config.stem, config.token_grid[0], config.quantizer.dim, config.decoder.widths)
+        self.backbone = HiTBackbone(config.decoder)
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of codes; tokens lie in [0, codebook_size)."""
+        return self.config.quantizer.codebook_size
+
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """Height and width of the native grid of tokens."""
+        return self.config.token_grid
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens per image."""
+        return self.token_grid[0] * self.token_grid[1]
+
+    def forward(self, images: Tensor) -> VQHiTOutput:
+        """Training pass: encode, quantize with straight-through gradient, decode. (B, 3, H, W) in [-1, 1]."""
+        latents = self.encode_latents(images)
+        quantized = self.quantize(latents)
+        return VQHiTOutput(self.decode_latents(quantized.latents), quantized.tokens, quantized.loss, latents)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, micro_batch: int | None = None) -> Tensor:
+        """Image to tokens: (B, 3, H, W) float in [-1, 1] -> (B, H/f, W/f) int64.
+
+        `micro_batch` bounds memory by encoding that many images at a time; with 1, an image's tokens do not depend on
+        the batch it comes in, on any device. Raises `ValueError` for a wrong shape, size, dtype or range of values.
+        """
+        self._check_images(images)
+        low, high = (float(bound) for bound in images.aminmax()) if images.numel() else (0.0, 0.0)
+        if not (low >= -1.05 and high <= 1.05):  # also false for NaN; the margin is for resampling overshoot
+            raise ValueError(f"images range from {low:g} to {high:g}; allowed: -1 to 1 (see vqhit.images.from_uint8)")
+        if micro_batch is not None and micro_batch < 1:
+            raise ValueError(f"micro_batch is {micro_batch}; allowed: 1 or more")
+        parts = images.split(micro_batch or max(len(images), 1))
+        return torch.cat([self.quantize(self.encode_latents(part)).tokens for part in parts])
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens to image: (B, h, w) or (B, h*w) int64 -> (B, 3, H, W) float, clamped to [-1, 1].
+
+        Raises `ValueError` for a wrong shape, size or dtype, or a token outside [0, codebook_size).
+        """
+        return self.decode_latents(self.lookup(tokens)).clamp(-1, 1)
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Encode and decode: (B, 3, H, W) in [-1, 1] -> the same shape, clamped."""
+        return self.decode(self.encode(images))
+
+    def encode_latents(self, images: Tensor) -> Tensor:
+        """Image to latents before quantization: (B, 3, H, W) in [-1, 1] -> (B, C, H/f, W/f)."""
+        self._check_images(images)
+        return self.quant_conv(self.encoder(images))
+
+    def quantize(self, latents: Tensor) -> Quantized:
+        """Latents (B, C, h, w) to codebook vectors, tokens and codebook loss."""
+        self._check_latents(latents)
+        return self.quantizer(latents)
+
+    def lookup(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, h, w) or (B, h*w) int64 to codebook vectors (B, C, h, w)."""
+        return self.quantizer.lookup(self._checked_tokens(tokens))
+
+    def decode_latents(self, quantized: Tensor) -> Tensor:
+        """Codebook vectors (B, C, h, w) to image (B, 3, H, W): differentiable, unclamped."""
+        self._check_latents(quantized)
+        return self.backbone(*self.stem(quantized))
+
+    def preprocess(self, photos: "Image.Image | Path | str | Iterable[Image.Image | Path | str]") -> Tensor:
+        """Photographs, as PIL images or paths, to (B, 3, H, W) in [-1, 1] on the model's device: ADM center crop.
+
+        Raises `ImageError` (a `ValueError`) naming a file that is no image.
+        """
+        many = [photos] if isinstance(photos, Image.Image | Path | str) else list(photos)
+        pil = [image_files.to_rgb(p) if isinstance(p, Image.Image) else image_files.load_image(p) for p in many]
+        if not pil:
+            raise ValueError("no photographs given")
+        crops = [image_files.pil_to_uint8(image_files.center_crop(image, self.config.image_size)) for image in pil]
+        return image_files.from_uint8(torch.stack(crops)).to(self.quant_conv.weight)
+
+    def postprocess(self, images: Tensor) -> list[Image.Image]:
+        """(B, 3, H, W) in [-1, 1] to PIL images, rounded to 8 bits."""
+        return [image_files.uint8_to_pil(image) for image in image_files.to_uint8(images)]
+
+    def _check_images(self, images: Tensor) -> None:
+        size = self.config.image_size
+        if images.ndim != 4 or images.shape[1:] != (3, size, size):
+            raise ValueError(f"images are {tuple(images.shape)}; this model takes (B, 3, {size}, {size})")
+        if not images.is_floating_point():
+            raise ValueError(f"images are {images.dtype}; allowed: floating point in [-1, 1]")
+
+    def _check_latents(self, latents: Tensor) -> None:
+        expected = (self.config.quantizer.dim, *self.token_grid)
+        if latents.ndim != 4 or latents.shape[1:] != expected:
+            raise ValueError(
+                f"latents are {tuple(latents.shape)}; this model takes (B, {', '.join(map(str, expected))})"
+            )
+
+    def _checked_tokens(self, tokens: Tensor) -> Tensor:
+        height, width = self.token_grid
+        if tokens.dtype != torch.int64:
+            raise ValueError(f"tokens are {tokens.dtype}; allowed: torch.int64")
+        if tokens.ndim not in (2, 3) or tokens.shape[1:] not in ((height, width), (height * width,)):
+            raise ValueError(
+                f"tokens are {tuple(tokens.shape)}; this model takes (B, {height}, {width}) or (B, {height * width})"
+            )
+        if tokens.numel():
+            low, high = (int(bound) for bound in tokens.aminmax())
+            if low < 0 or high >= self.codebook_size:
+                raise ValueError(f"tokens range from {low} to {high}; allowed: 0 to {self.codebook_size - 1}")
+        return tokens.reshape(-1, height, width)
+
+
+class HiTGeneratorConfig(Config):
+    """Length of the noise vector and the sizes of the HiT that it feeds."""
+
+    latent_dim: Count = 512
+    backbone: HiTConfig
+
+    @classmethod
+    def preset(cls, name: str) -> Self:
+        """Return `hit-{s,b,l}-256`, `hit-b-1024` or `hit-{b,l}-128`."""
+        backbone = HiTConfig.preset(name)
+        return cls(latent_dim=256 if backbone.resolution == 128 else 512, backbone=backbone)
+
+
+class HiTGenerator(Pretrained):
+    """HiT as a GAN generator (paper section 3, Algorithm 1): noise (B, D) -> image (B, 3, H, W), unclamped."""
+
+    config_class = HiTGeneratorConfig
+    config: HiTGeneratorConfig
+
+    def __init__(self, config: HiTGeneratorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.stem = NoiseStem(config.latent_dim, config.backbone.widths[0])
+        self.backbone = HiTBackbone(config.backbone)
+
+    def forward(self, z: Tensor) -> Tensor:
+        if z.ndim != 2 or z.shape[1] != self.config.latent_dim:
+            raise ValueError(f"z is {tuple(z.shape)}; this model takes (B, {self.config.latent_dim})")
+        return self.backbone(*self.stem(z))

@@ -1,0 +1,63 @@
+"""Progress of a long loop: a bar on a terminal, a plain line now and then in a file."""
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_PLAIN_LINE_EVERY_S = 15.0
+
+
+class ProgressBar:
+    """Shows how far a loop is, its speed, the time left and any numbers given to `advance`.
+
+    `total` and `done` count loop iterations; `rate_unit` names what `advance(amount=...)` counts for the speed.
+    """
+
+    def __init__(self, title: str, total: int, *, done: int = 0, rate_unit: str = "images") -> None:
+        self.title, self.total, self.done, self.rate_unit = title, total, done, rate_unit
+        self.console = Console()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            TextColumn("{task.fields[numbers]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task(title, total=total, completed=done, numbers="")
+        self.rate = 0.0
+        self._pending = 0
+
+    def __enter__(self) -> Self:
+        self._last_time = self._last_line = time.perf_counter()
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def advance(self, amount: int, **numbers: float) -> None:
+        """One iteration is done: `amount` (of `rate_unit`) were handled; `numbers` are shown beside the bar."""
+        self.done += 1
+        self._pending += amount
+        now = time.perf_counter()
+        if (seconds := now - self._last_time) >= 0.5 or self.done == self.total:
+            recent = self._pending / max(seconds, 1e-9)
+            self.rate = recent if self.rate == 0 else 0.7 * self.rate + 0.3 * recent
+            self._pending, self._last_time = 0, now
+        parts = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items()]
+        parts += [f"{self.rate:.3g} {self.rate_unit}/s"] if self.rate else []
+        self._bar.update(self._task, advance=1, numbers=", ".join(parts))
+        if self._bar.disable and (now - self._last_line >= _PLAIN_LINE_EVERY_S or self.done == self.total):
+            self._last_line = now
+            left = self._bar.tasks[0].time_remaining
+            parts += [f"{left:.0f} s left"] if left else []
+            print(f"{self.title} {self.done}/{self.total}: {', '.join(parts)}", flush=True)
