@@ -156,7 +156,7 @@ def test_generator_state_dict_is_the_official_set_of_variables_for_every_officia
 
 
 def test_conversion_refuses_an_unknown_variable():
-    with pytest.raises(ValueError, match="'from_rgb.kernel' is no variable of a HiT-GAN generator"):
+    with pytest.raises(ValueError, match=r"'from_rgb\.kernel' is no variable of a HiT-GAN generator"):
         hit_gan_generator({"from_rgb.kernel": np.zeros((3, 3, 3, 512), np.float32)})
 
 

@@ -1,0 +1,55 @@
+"""Small models and small pictures."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vqhit.hit import HiTConfig, StemConfig
+from vqhit.models import VQHiT, VQHiTConfig
+from vqhit.quantizer import QuantizerConfig
+from vqhit.vqgan import EncoderConfig
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """16 px, 8x8 tokens of 32 codes."""
+    return VQHiTConfig(
+        encoder=EncoderConfig(
+            channels=32, channel_multipliers=(1, 1), num_res_blocks=1, attention_resolutions=(8,), z_channels=8
+        ),
+        quantizer=QuantizerConfig(codebook_size=32, dim=8),
+        stem=StemConfig(),
+        decoder=HiTConfig(widths=(32, 16), depths=(1, 1), heads=(4, 2), block_sizes=(4,)),
+    )
+
+
+@pytest.fixture
+def tiny_model(tiny_config):
+    torch.manual_seed(0)
+    return VQHiT(tiny_config).eval()
+
+
+@pytest.fixture
+def picture():
+    """Makes smooth colour pictures of any size."""
+
+    def make(width, height, seed=0):
+        rng = np.random.default_rng(seed)
+        coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        return coarse.resize((width, height), Image.Resampling.BICUBIC)
+
+    return make
+
+
+@pytest.fixture
+def photo_folder(tmp_path, picture):
+    """A folder of six JPEG files, two of them in a subfolder."""
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    for index in range(6):
+        name = f"more/{index}.JPEG" if index > 3 else f"{index}.jpg"
+        picture(40 + 8 * index, 48, seed=index).save(folder / name, quality=95)
+    return folder

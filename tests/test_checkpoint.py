@@ -1,0 +1,67 @@
+"""A checkpoint is complete and verified, or it is none."""
+
+import json
+
+import pytest
+
+from vqhit import checkpoint
+from vqhit.checkpoint import CheckpointError
+
+
+def write(root, step, content=b"weights"):
+    with checkpoint.writing(root, step) as folder:
+        (folder / "model.bin").write_bytes(content)
+        (folder / "state.json").write_text(json.dumps({"step": step}))
+
+
+def test_the_newest_checkpoint_is_found_by_number(tmp_path):
+    assert checkpoint.newest(tmp_path) is None
+    for step in (9, 10, 2):
+        write(tmp_path, step)
+    assert checkpoint.newest(tmp_path).name == "step_000000010"
+    checkpoint.verify(checkpoint.newest(tmp_path))
+
+
+def test_an_error_while_writing_leaves_nothing(tmp_path):
+    write(tmp_path, 1)
+    with pytest.raises(RuntimeError, match="half"), checkpoint.writing(tmp_path, 2) as folder:
+        (folder / "model.bin").write_bytes(b"half")
+        raise RuntimeError("half")
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000000001"]
+
+
+def test_left_overs_of_a_killed_process_are_removed_by_the_next_save(tmp_path):
+    (tmp_path / ".tmp-99-5").mkdir()
+    (tmp_path / ".tmp-99-5" / "model.bin").write_bytes(b"half")
+    assert checkpoint.newest(tmp_path) is None
+    write(tmp_path, 6)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000000006"]
+
+
+@pytest.mark.parametrize("name", ["model.bin", "state.json", "manifest.json"])
+@pytest.mark.parametrize("fault", ["flip", "truncate", "delete"])
+def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(tmp_path, name, fault):
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+    file = tmp_path / "step_000000002" / name
+    content = bytearray(file.read_bytes())
+    if fault == "delete":
+        file.unlink()
+    elif fault == "truncate":
+        file.write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) // 2] ^= 0xFF
+        file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=name):
+        checkpoint.verify(file.parent)
+    with pytest.warns(UserWarning, match=name):
+        assert checkpoint.newest(tmp_path).name == "step_000000001"
+    write(tmp_path, 2)
+    checkpoint.verify(file.parent)
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for step in range(1, 6):
+        write(tmp_path, step)
+    checkpoint.prune(tmp_path, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000000004", "step_000000005"]

@@ -1,0 +1,111 @@
+"""Configuration files: strict, with errors that name the key and the nearest allowed one."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from vqhit.config import ConfigError
+from vqhit.models import VQHiTConfig
+from vqhit.train import RunConfig
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def load(tmp_path, text, *overrides):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return RunConfig.from_yaml(path, overrides)
+
+
+@pytest.fixture
+def demo_text():
+    return (CONFIGS / "demo.yaml").read_text()
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_file_loads_and_survives_a_round_trip(path, tmp_path):
+    config = RunConfig.from_yaml(path)
+    assert load(tmp_path, config.to_yaml()) == config
+
+
+def test_imagenet_config_is_the_papers_model_and_optimizer():
+    config = RunConfig.from_yaml(CONFIGS / "vqhit_imagenet256.yaml")
+    assert config.model == VQHiTConfig.preset("vqhit-b-256")
+    assert (config.optimizer.learning_rate, config.optimizer.beta1, config.optimizer.beta2) == (1e-4, 0.0, 0.99)
+    assert (config.train.batch_size, config.train.steps) == (256, 500_000)
+
+
+def test_overrides_reach_nested_keys_and_are_typed_as_yaml(tmp_path, demo_text):
+    config = load(
+        tmp_path,
+        demo_text,
+        "train.steps=7",
+        "optimizer.learning_rate=1e-4",
+        "data.path=/x y",
+        "model.decoder.depths=[1,1,1,1]",
+    )
+    assert config.train.steps == 7
+    assert config.optimizer.learning_rate == 1e-4
+    assert config.data.path == "/x y"
+    assert config.model.decoder.depths == (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.batchsize=4", "train.batchsize: unknown key; did you mean 'batch_size'?"),
+        (
+            "model.quantizer.codebook_sise=4",
+            "model.quantizer.codebook_sise: unknown key; did you mean 'codebook_size'?",
+        ),
+        ("zzz=4", "zzz: unknown key; allowed: run_dir, seed, device, model, data, loss, optimizer, train"),
+        ("train.batch_size='4'", "train.batch_size: found '4'; input should be a valid integer"),
+        ("train.batch_size=4.5", "train.batch_size: found 4.5; input should be a valid integer"),
+        ("train.batch_size=true", "train.batch_size: found True; input should be a valid integer"),
+        ("train.batch_size=0", "train.batch_size: found 0; input should be greater than or equal to 1"),
+        ("optimizer.learning_rate=.nan", "optimizer.learning_rate: found nan"),
+        ("optimizer.schedule=linear", "optimizer.schedule: found 'linear'; input should be 'constant' or 'cosine'"),
+        ("data.crop_proportion=1.5", "1.5; allowed: above 0, at most 1"),
+        ("model.stem.latent_grid=3", "model: stem.latent_grid 3 does not divide the 8x8 token grid"),
+        (
+            "model.stem.skip=true",
+            "model: stem.skip needs a token grid of 16x16, the second stage's map; this one is 8x8",
+        ),
+        ("model.encoder.channels=48", "model.encoder: channels 48: group normalisation needs a multiple of 32"),
+        ("train", "override 'train': expected key=value, as in train.batch_size=64"),
+        ("seed.value=1", "override 'seed.value=1': seed is a value, it has no keys below it"),
+        ("train.steps=[1", "override 'train.steps=[1': not valid YAML"),
+    ],
+)
+def test_mistakes_are_one_line_that_names_the_key(tmp_path, demo_text, override, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        load(tmp_path, demo_text, override)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2]", "found list; a configuration maps keys to values"),
+        ("train: {steps: 1, steps: 2}", "key 'steps' is given twice"),
+        ("a: [", "not valid YAML"),
+        ("run_dir: !!python/object/apply:os.system [echo]", "not valid YAML: could not determine a constructor"),
+        ("run_dir: x", "model: missing; data: missing; train: missing"),
+    ],
+)
+def test_malformed_files_are_named(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        load(tmp_path, text)
+    assert str(caught.value).startswith(str(tmp_path / "run.yaml"))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"absent\.yaml: no such file"):
+        RunConfig.from_yaml(tmp_path / "absent.yaml")
+
+
+def test_configurations_are_frozen():
+    config = VQHiTConfig.preset("vqhit-b-256")
+    with pytest.raises(ValueError, match="frozen"):
+        config.stem = config.stem

@@ -1,0 +1,91 @@
+"""PSNR and SSIM equal scikit-image's on real photographs; an evaluation names its protocol."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from vqhit.data import list_images
+from vqhit.evaluate import evaluate_tokenizer, psnr, ssim
+from vqhit.images import center_crop, load_image, pil_to_uint8
+
+
+@pytest.fixture(scope="module")
+def photographs():
+    """Two photographs at 96 px, and the same after a coarse JPEG compression."""
+    originals, degraded = [], []
+    for array in (skimage.data.astronaut(), skimage.data.chelsea()):
+        small = center_crop(Image.fromarray(array), 96)
+        originals.append(pil_to_uint8(small))
+        degraded.append(pil_to_uint8(small.resize((24, 24)).resize((96, 96))))
+    return torch.stack(originals), torch.stack(degraded)
+
+
+def test_psnr_is_scikit_images(photographs):
+    expected = [
+        peak_signal_noise_ratio(a.permute(1, 2, 0).numpy(), b.permute(1, 2, 0).numpy(), data_range=255)
+        for a, b in zip(*photographs, strict=True)
+    ]
+    np.testing.assert_allclose(psnr(*photographs), expected, rtol=1e-12)
+
+
+def test_ssim_is_scikit_images_with_a_gaussian_window(photographs):
+    expected = [
+        structural_similarity(
+            a.permute(1, 2, 0).numpy() / 255,
+            b.permute(1, 2, 0).numpy() / 255,
+            data_range=1,
+            channel_axis=2,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+        )
+        for a, b in zip(*photographs, strict=True)
+    ]
+    np.testing.assert_allclose(ssim(*photographs), expected, rtol=1e-9)
+
+
+def test_equal_images_reach_the_ceiling(photographs):
+    originals, _ = photographs
+    assert psnr(originals, originals).tolist() == [100.0, 100.0]
+    assert ssim(originals, originals).tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_ssim_refuses_images_smaller_than_its_window():
+    small = torch.zeros(1, 3, 10, 10, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="SSIM needs at least 11x11"):
+        ssim(small, small)
+
+
+def test_evaluation_is_the_mean_over_images_and_names_its_protocol(tiny_model, photo_folder):
+    results = evaluate_tokenizer(tiny_model, photo_folder, batch_size=4)
+    crops = torch.stack([pil_to_uint8(center_crop(load_image(path), 16)) for path in list_images(photo_folder)])
+    floats = tiny_model.preprocess(list_images(photo_folder))
+    tokens = tiny_model.encode(floats)
+    reconstructions = torch.stack([pil_to_uint8(image) for image in tiny_model.postprocess(tiny_model.decode(tokens))])
+    assert results["images"] == 6
+    assert results["psnr"] == pytest.approx(psnr(crops, reconstructions).mean().item(), rel=1e-9)
+    assert results["ssim"] == pytest.approx(ssim(crops, reconstructions).mean().item(), rel=1e-9)
+    assert results["codes_used"] == len(tokens.unique())
+    shares = torch.bincount(tokens.flatten()).double() / tokens.numel()
+    entropy = -sum(p * math.log(p) for p in shares.tolist() if p > 0)
+    assert results["codebook_perplexity"] == pytest.approx(math.exp(entropy))
+    assert results["protocol"]["crop"].startswith("ADM center crop")
+    json.dumps(results, allow_nan=False)
+
+
+def test_results_do_not_depend_on_batch_size_or_workers(tiny_model, photo_folder):
+    keys = ("psnr", "ssim", "codes_used", "codebook_perplexity")
+    one = evaluate_tokenizer(tiny_model, photo_folder, batch_size=1)
+    other = evaluate_tokenizer(tiny_model, photo_folder, batch_size=5, workers=2)
+    assert [one[key] for key in keys] == pytest.approx([other[key] for key in keys], rel=1e-6)
+
+
+def test_limit_takes_images_spread_over_the_folder(tiny_model, photo_folder):
+    assert evaluate_tokenizer(tiny_model, photo_folder, limit=2)["images"] == 2
+    assert evaluate_tokenizer(tiny_model, photo_folder, limit=100)["images"] == 6

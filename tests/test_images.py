@@ -1,0 +1,148 @@
+"""Files of any kind become RGB images or a one-line error; the range conversions are exact."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vqhit import images
+from vqhit.images import ImageError, load_image
+
+
+def test_all_256_levels_survive_the_round_trip():
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    floats = images.from_uint8(levels)
+    assert (floats.min(), floats.max()) == (-1, 1)
+    assert torch.equal(images.to_uint8(floats), levels)
+
+
+def test_floats_are_rounded_and_clamped():
+    values = torch.tensor([-3.0, -1.0, 0.0, 1 / 127.5 * 0.51, 1.0, 3.0])
+    assert images.to_uint8(values).tolist() == [0, 0, 128, 128, 255, 255]
+    assert images.to_uint8(torch.tensor([-1 + 0.49 / 127.5, -1 + 0.51 / 127.5])).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_formats_of_photographs(tmp_path, picture, suffix):
+    path = tmp_path / f"photo.{suffix}"
+    picture(30, 20).save(path)
+    loaded = load_image(path)
+    assert (loaded.mode, loaded.size) == ("RGB", (30, 20))
+    np.testing.assert_allclose(np.asarray(loaded, float), np.asarray(picture(30, 20), float), atol=40)
+
+
+def test_grey_cmyk_palette_and_bilevel(tmp_path, picture):
+    for mode, suffix in (("L", "png"), ("CMYK", "jpg"), ("P", "png"), ("1", "png"), ("LA", "png"), ("I;16", "png")):
+        image = picture(30, 20).convert("L" if mode == "I;16" else mode)
+        if mode == "I;16":
+            image = Image.fromarray(np.asarray(image, dtype=np.uint16) * 257)
+        image.save(tmp_path / f"{mode[:2]}.{suffix}")
+        loaded = load_image(tmp_path / f"{mode[:2]}.{suffix}")
+        assert loaded.mode == "RGB"
+        if mode in ("L", "LA", "I;16"):
+            expected = np.asarray(picture(30, 20).convert("L"))
+            np.testing.assert_array_equal(np.asarray(loaded)[..., 0], expected, err_msg=mode)
+
+
+def test_transparency_is_laid_over_white(tmp_path):
+    image = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
+    image.putpixel((0, 0), (10, 20, 30, 255))
+    image.save(tmp_path / "alpha.png")
+    loaded = load_image(tmp_path / "alpha.png")
+    assert loaded.getpixel((0, 0)) == (10, 20, 30)
+    assert loaded.getpixel((3, 3)) == (255, 255, 255)
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    image = Image.new("RGB", (40, 20), "black")
+    image.paste("white", (0, 0, 20, 20))  # the left half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees clockwise: left becomes top
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    loaded = load_image(tmp_path / "turned.jpg")
+    assert loaded.size == (20, 40)
+    assert loaded.getpixel((10, 5))[0] > 200
+    assert loaded.getpixel((10, 35))[0] < 50
+
+
+def png_with_short_data():
+    """A 64x64 PNG with valid checksums whose pixel data is too short."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 64, 64, 8, 2, 0, 0, 0)
+    data = zlib.compress(b"\x00")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def huge_jpeg():
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(buffer, "JPEG")
+    data = buffer.getvalue()
+    start = data.index(b"\xff\xc0") + 5
+    return data[:start] + struct.pack(">HH", 65000, 65000) + data[start + 4 :]
+
+
+def half_jpeg():
+    buffer = io.BytesIO()
+    Image.effect_noise((128, 128), 80).save(buffer, "JPEG")
+    return buffer.getvalue()[:2000]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("empty.jpg", b""),
+        ("page.jpg", b"<!DOCTYPE html><html><body>404</body></html>"),
+        ("half.jpg", half_jpeg()),
+        ("short.png", png_with_short_data()),
+        ("huge.jpg", huge_jpeg()),
+        ("drawing.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
+    ],
+)
+def test_what_is_no_image_is_named_in_one_line(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ImageError) as caught:
+        load_image(tmp_path / name)
+    assert str(caught.value).startswith(str(tmp_path / name))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path):
+    with pytest.raises(ImageError, match="no such file"):
+        load_image(tmp_path / "absent.jpg")
+    with pytest.raises(ImageError, match="cannot be decoded"):
+        load_image(tmp_path)
+
+
+@pytest.mark.parametrize("size", [(300, 200), (200, 300), (64, 64), (65, 129), (1000, 71), (20, 30), (1, 1), (3, 2000)])
+def test_center_crop_takes_any_size(picture, size):
+    assert images.center_crop(picture(*size), 64).size == (64, 64)
+
+
+def test_center_crop_is_adms():
+    """Against the formula of guided-diffusion's center_crop_arr, written out."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (301, 517, 3), dtype=np.uint8))
+    halved = image.resize((258, 150), Image.Resampling.BOX).resize((129, 75), Image.Resampling.BOX)
+    scaled = np.asarray(halved.resize((round(129 * 64 / 75), 64), Image.Resampling.BICUBIC))
+    left = (scaled.shape[1] - 64) // 2
+    np.testing.assert_array_equal(np.asarray(images.center_crop(image, 64)), scaled[:, left : left + 64])
+
+
+def test_a_very_long_picture_does_not_need_the_memory_of_its_full_enlargement():
+    crop = images.center_crop(Image.new("RGB", (2, 60_000), "red"), 256)
+    assert crop.size == (256, 256)
+    assert crop.getpixel((128, 128)) == (255, 0, 0)
+
+
+def test_grid_places_originals_above_reconstructions():
+    black, white = torch.zeros(3, 8, 8, dtype=torch.uint8), torch.full((3, 8, 8), 255, dtype=torch.uint8)
+    grid = images.compare_grid([(black, white)] * 3, columns=2, enlarge=2)
+    assert grid.size == (4 + 2 * 20, 4 + 4 * 20)
+    assert grid.getpixel((6, 6)) == (0, 0, 0)
+    assert grid.getpixel((6, 26)) == (255, 255, 255)

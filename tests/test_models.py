@@ -1,0 +1,208 @@
+"""The public contract of VQHiT: shapes, ranges, errors that state the facts."""
+
+import re
+
+import pytest
+import torch
+from PIL import Image
+
+from vqhit import HiTGenerator, HiTGeneratorConfig, ImageError, VQHiT, VQHiTConfig
+from vqhit.config import ConfigError
+from vqhit.hit import HiTConfig, StemConfig
+from vqhit.quantizer import QuantizerConfig
+from vqhit.vqgan import EncoderConfig
+
+
+def images(batch=3, size=16):
+    torch.manual_seed(1)
+    return torch.rand(batch, 3, size, size) * 2 - 1
+
+
+def test_encode_decode_reconstruct(tiny_model):
+    tokens = tiny_model.encode(images())
+    assert (tokens.shape, tokens.dtype) == ((3, 8, 8), torch.int64)
+    assert 0 <= tokens.min()
+    assert tokens.max() < 32
+    decoded = tiny_model.decode(tokens)
+    assert (decoded.shape, decoded.dtype) == ((3, 3, 16, 16), torch.float32)
+    assert decoded.abs().max() <= 1
+    assert not decoded.requires_grad
+    assert torch.equal(decoded, tiny_model.decode(tokens.flatten(1)))
+    assert torch.equal(decoded, tiny_model.reconstruct(images()))
+
+
+def test_the_training_pass_is_its_parts(tiny_model):
+    out = tiny_model(images())
+    latents = tiny_model.encode_latents(images())
+    quantized = tiny_model.quantize(latents)
+    assert torch.equal(out.latents, latents)
+    assert torch.equal(out.tokens, quantized.tokens)
+    assert torch.equal(out.codebook_loss, quantized.loss)
+    assert torch.equal(out.reconstruction, tiny_model.decode_latents(quantized.latents))
+    torch.testing.assert_close(tiny_model.lookup(out.tokens), quantized.latents)
+    assert torch.equal(tiny_model.encode(images()), out.tokens)
+
+
+def test_every_parameter_gets_a_gradient(tiny_model):
+    out = tiny_model.train()(images())
+    (out.reconstruction.square().mean() + out.codebook_loss).backward()
+    without = [name for name, p in tiny_model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert without == []
+
+
+def test_decoded_latents_may_leave_the_range_and_carry_gradients(tiny_model):
+    latents = (100 * torch.randn(1, 8, 8, 8)).requires_grad_()
+    decoded = tiny_model.decode_latents(latents)
+    decoded.sum().backward()
+    assert latents.grad.abs().sum() > 0
+
+
+def test_an_images_tokens_are_bit_equal_alone_and_in_any_batch(tiny_model):
+    batch = images(5)
+    alone = torch.cat([tiny_model.encode(image[None]) for image in batch])
+    for other in (
+        tiny_model.encode(batch),
+        tiny_model.encode(batch, micro_batch=2),
+        tiny_model.encode(batch.flip(0)).flip(0),
+    ):
+        assert torch.equal(alone, other)
+
+
+def test_the_256_models_tokens_are_bit_equal_alone_and_in_a_batch():
+    torch.manual_seed(0)
+    model = VQHiT(VQHiTConfig.preset("vqhit-s-256")).eval()
+    batch = images(3, 256)
+    assert torch.equal(model.encode(batch), torch.cat([model.encode(image[None]) for image in batch]))
+    assert (model.token_grid, model.num_tokens, model.codebook_size) == ((16, 16), 256, 1024)
+    assert model.decode(model.encode(batch[:1])).shape == (1, 3, 256, 256)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (torch.zeros(3, 16, 16), "images are (3, 16, 16); this model takes (B, 3, 16, 16)"),
+        (torch.zeros(1, 1, 16, 16), "images are (1, 1, 16, 16); this model takes (B, 3, 16, 16)"),
+        (torch.zeros(1, 16, 16, 3), "images are (1, 16, 16, 3); this model takes (B, 3, 16, 16)"),
+        (torch.zeros(1, 3, 24, 16), "images are (1, 3, 24, 16); this model takes (B, 3, 16, 16)"),
+        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "images are torch.uint8; allowed: floating point in [-1, 1]"),
+        (torch.full((1, 3, 16, 16), 255.0), "images range from 255 to 255; allowed: -1 to 1"),
+        (torch.full((1, 3, 16, 16), float("nan")), "images range from nan to nan; allowed: -1 to 1"),
+    ],
+)
+def test_encode_refuses_what_is_no_batch_of_images(tiny_model, given, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tiny_model.encode(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (torch.full((1, 8, 8), 32), "tokens range from 32 to 32; allowed: 0 to 31"),
+        (torch.full((1, 8, 8), -1), "tokens range from -1 to -1; allowed: 0 to 31"),
+        (torch.zeros(1, 8, 8), "tokens are torch.float32; allowed: torch.int64"),
+        (torch.zeros(1, 8, 8, dtype=torch.int32), "tokens are torch.int32; allowed: torch.int64"),
+        (torch.zeros(64, dtype=torch.int64), "tokens are (64,); this model takes (B, 8, 8) or (B, 64)"),
+        (torch.zeros(1, 4, 16, dtype=torch.int64), "tokens are (1, 4, 16); this model takes (B, 8, 8) or (B, 64)"),
+        (torch.zeros(1, 65, dtype=torch.int64), "tokens are (1, 65); this model takes (B, 8, 8) or (B, 64)"),
+        (torch.zeros(1, 1, 8, 8, dtype=torch.int64), "tokens are (1, 1, 8, 8); this model takes (B, 8, 8) or (B, 64)"),
+    ],
+)
+def test_decode_refuses_what_are_no_tokens(tiny_model, given, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        tiny_model.decode(given)
+
+
+def test_latents_of_another_shape_are_refused(tiny_model):
+    for method in (tiny_model.quantize, tiny_model.decode_latents):
+        with pytest.raises(ValueError, match=re.escape("latents are (1, 4, 8, 8); this model takes (B, 8, 8, 8)")):
+            method(torch.zeros(1, 4, 8, 8))
+
+
+def test_micro_batch_must_be_positive(tiny_model):
+    with pytest.raises(ValueError, match="micro_batch is 0; allowed: 1 or more"):
+        tiny_model.encode(images(), micro_batch=0)
+
+
+def test_an_empty_batch_gives_empty_results(tiny_model):
+    tokens = tiny_model.encode(torch.zeros(0, 3, 16, 16))
+    assert tokens.shape == (0, 8, 8)
+
+
+def test_preprocess_takes_paths_and_pictures_and_postprocess_gives_them_back(tiny_model, picture, tmp_path):
+    picture(40, 30).save(tmp_path / "a.png")
+    single = tiny_model.preprocess(tmp_path / "a.png")
+    several = tiny_model.preprocess([str(tmp_path / "a.png"), picture(40, 30), picture(20, 90).convert("L")])
+    assert single.shape == (1, 3, 16, 16)
+    assert several.shape == (3, 3, 16, 16)
+    assert torch.equal(several[0], several[1])
+    back = tiny_model.postprocess(several)
+    assert all(isinstance(image, Image.Image) and image.size == (16, 16) for image in back)
+    assert torch.equal(tiny_model.preprocess(back[0])[0], several[0])
+    with pytest.raises(ValueError, match="no photographs given"):
+        tiny_model.preprocess([])
+    with pytest.raises(ImageError, match="absent.png: no such file"):
+        tiny_model.preprocess(tmp_path / "absent.png")
+
+
+@pytest.mark.parametrize("size", ["s", "b", "l"])
+def test_presets_are_vqgans_encoder_and_a_hit(size):
+    config = VQHiTConfig.preset(f"vqhit-{size}-256")
+    assert config.decoder == HiTConfig.preset(f"hit-{size}-256")
+    assert config.encoder == EncoderConfig(
+        channels=128, channel_multipliers=(1, 1, 2, 2, 4), num_res_blocks=2, attention_resolutions=(16,), z_channels=256
+    )
+    assert config.quantizer == QuantizerConfig(codebook_size=1024, dim=256, commitment=0.25)
+    assert (config.image_size, config.token_grid) == (256, (16, 16))
+
+
+def test_unknown_presets_are_named_with_the_known_ones():
+    for cls, known in ((VQHiTConfig, "vqhit-s-256"), (HiTGeneratorConfig, "hit-b-1024"), (HiTConfig, "hit-l-128")):
+        with pytest.raises(ValueError, match=f"no preset 'hit-x'; there are: .*{known}"):
+            cls.preset("hit-x")
+
+
+@pytest.mark.parametrize(("latent_grid", "skip"), [(4, True), (8, False), (16, False), (2, False)])
+def test_stem_options_change_the_inputs_and_not_the_rest(latent_grid, skip):
+    base = VQHiTConfig.preset("vqhit-s-256")
+    with torch.device("meta"):
+        model = VQHiT(VQHiTConfig(**{**dict(base), "stem": StemConfig(latent_grid=latent_grid, skip=skip)}))
+        codes = torch.empty(2, 256, 16, 16)
+        feature_map, tokens, skipped = model.stem(codes)
+        assert feature_map.shape == (2, 8, 8, 512)
+        assert tokens.shape == (2, latent_grid**2, 512)
+        assert (None if skipped is None else skipped.shape) == ((2, 16, 16, 256) if skip else None)
+        assert model.decode_latents(codes).shape == (2, 3, 256, 256)
+        plain = VQHiT(base)
+    assert {k: v.shape for k, v in model.backbone.state_dict().items()} == {
+        k: v.shape for k, v in plain.backbone.state_dict().items()
+    }
+
+
+def test_the_stem_skip_reaches_the_image():
+    torch.manual_seed(0)
+    config = VQHiTConfig(
+        encoder=EncoderConfig(
+            channels=32, channel_multipliers=(1,), num_res_blocks=1, attention_resolutions=(), z_channels=8
+        ),
+        quantizer=QuantizerConfig(codebook_size=32, dim=8),
+        stem=StemConfig(skip=True),
+        decoder=HiTConfig(widths=(32, 16), depths=(1, 1), heads=(4, 2), block_sizes=(4,)),
+    )
+    model = VQHiT(config).eval()
+    codes = torch.randn(1, 8, 16, 16)
+    before = model.decode_latents(codes)
+    torch.nn.init.zeros_(model.stem.skip.weight)
+    assert not torch.allclose(before, model.decode_latents(codes))
+
+
+def test_a_grid_smaller_than_hits_first_map_is_refused():
+    config = VQHiTConfig.preset("vqhit-s-256")
+    encoder = EncoderConfig(channel_multipliers=(1, 1, 2, 2, 4, 4, 4))
+    with pytest.raises(ConfigError, match="256 px into a 4x4 token grid; HiT needs at least 8x8"):
+        VQHiTConfig(**{**dict(config), "encoder": encoder})
+
+
+def test_a_generator_makes_images_from_noise():
+    with torch.device("meta"):
+        model = HiTGenerator(HiTGeneratorConfig.preset("hit-b-1024"))
+        assert model(torch.empty(1, 512)).shape == (1, 3, 1024, 1024)

@@ -1,0 +1,180 @@
+"""A run: what one step does, what it writes, and that the same command continues it."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from vqhit import VQHiT
+from vqhit.config import ConfigError
+from vqhit.images import from_uint8
+from vqhit.layers import BatchNorm, reestimate_batch_norm
+from vqhit.train import RunConfig, Trainer
+
+
+@pytest.fixture
+def make_config(tiny_config, photo_folder, tmp_path):
+    def make(**train):
+        optimizer = {key: train.pop(key) for key in ("learning_rate", "schedule", "warmup_steps") if key in train}
+        top = {key: train.pop(key) for key in ("run_dir", "seed") if key in train}
+        return RunConfig.from_dict(
+            {
+                "run_dir": str(tmp_path / "run"),
+                "device": "cpu",
+                "model": tiny_config.to_dict(),
+                "data": {"path": str(photo_folder)},
+                "optimizer": {"learning_rate": 1e-3, **optimizer},
+                "train": {"steps": 6, "batch_size": 3, "log_every": 2, "grid_every": 3, "checkpoint_every": 4, **train},
+                **top,
+            }
+        )
+
+    return make
+
+
+def records(run_dir):
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_writes_its_config_metrics_grids_checkpoints_and_model(make_config):
+    config = make_config()
+    folder = Trainer(config).run()
+    run_dir = Path(config.run_dir)
+    assert RunConfig.from_yaml(run_dir / "config.yaml") == config
+    assert [record["step"] for record in records(run_dir)] == [2, 4, 6]
+    first = records(run_dir)[0]
+    assert first["loss"] == pytest.approx(first["reconstruction"] + first["codebook"])
+    assert first["images"] == 6
+    assert 1 / 32 <= first["codebook_usage"] <= 1  # six images are an epoch
+    assert sorted(path.name for path in (run_dir / "grids").iterdir()) == ["step_000000003.png", "step_000000006.png"]
+    assert Image.open(run_dir / "grids" / "step_000000006.png").size == (4 + 6 * 20, 4 + 2 * 20)
+    names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert names == ["step_000000004", "step_000000006"]
+    assert folder == run_dir / "model"
+    final = VQHiT.from_pretrained(folder).state_dict()
+    for name, tensor in VQHiT.from_pretrained(run_dir / "checkpoints" / "step_000000006").state_dict().items():
+        assert torch.equal(tensor, final[name]), name
+
+
+def test_one_step_is_adam_on_the_weighted_sum_of_the_terms(make_config):
+    trainer = Trainer(make_config())
+    twin = VQHiT(trainer.config.model).train()
+    twin.load_state_dict(trainer.model.state_dict())
+    images = from_uint8(torch.stack([trainer.crops[sample] for sample in range(3)]))
+
+    losses = trainer.train_step(images)
+
+    output = twin(images)
+    reconstruction = (output.reconstruction - images).square().mean()
+    (reconstruction + output.codebook_loss).backward()
+    assert losses["reconstruction"] == pytest.approx(reconstruction.item(), rel=1e-6)
+    assert losses["codebook"] == pytest.approx(output.codebook_loss.item(), rel=1e-6)
+    for (name, ours), theirs in zip(trainer.model.named_parameters(), twin.parameters(), strict=True):
+        gradient = theirs.grad.double()  # Adam's first step, beta1 = 0
+        expected = theirs.detach().double() - 1e-3 * gradient / (gradient.abs() + 1e-8)
+        torch.testing.assert_close(ours.detach().double(), expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_training_lowers_the_loss(make_config):
+    trainer = Trainer(make_config(steps=60, restart_codes_after=5))
+    images = from_uint8(torch.stack([trainer.crops[sample] for sample in range(6)]))
+    losses = [trainer.train_step(images)["reconstruction"] for _ in range(60)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"restart_codes_after": 1, "batch_norm_batches": 2, "schedule": "cosine"}])
+def test_the_same_command_continues_to_the_same_weights(make_config, tmp_path, options):
+    uninterrupted = VQHiT.from_pretrained(Trainer(make_config(run_dir=str(tmp_path / "whole"), **options)).run())
+
+    class Stopped(Exception):
+        pass
+
+    trainer = Trainer(make_config(**options))
+    step = trainer.train_step
+
+    def stop_after_five(images):
+        if trainer.step == 5:
+            raise Stopped
+        return step(images)
+
+    trainer.train_step = stop_after_five
+    with pytest.raises(Stopped):
+        trainer.run()
+    again = Trainer(make_config(**options))
+    assert again.step == 4
+    continued = VQHiT.from_pretrained(again.run())
+    for name, tensor in continued.state_dict().items():
+        assert torch.equal(tensor, uninterrupted.state_dict()[name]), name
+    timeless = [{k: v for k, v in r.items() if k != "images_per_s"} for r in records(tmp_path / "run")]
+    assert timeless == [{k: v for k, v in r.items() if k != "images_per_s"} for r in records(tmp_path / "whole")]
+
+
+def test_a_finished_run_is_not_trained_again(make_config):
+    Trainer(make_config()).run()
+    again = Trainer(make_config())
+    assert again.step == 6
+    again.train_step = None
+    assert again.run() == Path(again.config.run_dir) / "model"
+
+
+def test_a_run_folder_of_another_run_is_refused(make_config):
+    Trainer(make_config())
+    with pytest.raises(
+        ConfigError, match="holds another run .train.batch_size: 3 there, 2 now.; choose another run_dir"
+    ):
+        Trainer(make_config(batch_size=2))
+    Trainer(make_config(log_every=5))  # how often it reports does not make it another run
+
+
+def test_a_time_limit_stops_with_a_checkpoint(make_config):
+    trainer = Trainer(make_config(max_minutes=1e-6))
+    assert trainer.run() is None
+    assert Trainer(make_config()).step == 1
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(make_config):
+    trainer = Trainer(make_config())
+    before = {name: tensor.clone() for name, tensor in trainer.model.named_parameters()}
+    with pytest.raises(ValueError, match="step 0: the reconstruction loss is nan"):
+        trainer.train_step(torch.full((2, 3, 16, 16), float("nan")))
+    for name, tensor in trainer.model.named_parameters():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_learning_rate_schedules(make_config):
+    constant = Trainer(make_config(warmup_steps=2))
+    assert [constant.learning_rate(step) for step in range(4)] == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3])
+    cosine = Trainer(make_config(schedule="cosine", warmup_steps=2, run_dir=constant.config.run_dir + "2"))
+    expected = [5e-4, 1e-3, *(1e-3 * 0.5 * (1 + math.cos(math.pi * done / 4)) for done in range(4))]
+    assert [cosine.learning_rate(step) for step in range(6)] == pytest.approx(expected)
+
+
+def test_batch_norm_statistics_are_those_of_the_present_weights():
+    torch.manual_seed(0)
+    norm = BatchNorm(4)
+    norm.running_mean.fill_(9.0)
+    batches = [torch.randn(5, 7, 4) + 2 for _ in range(3)]
+    norm.eval()
+    reestimate_batch_norm(norm, batches)
+    flat = torch.stack(batches).flatten(1, 2)
+    torch.testing.assert_close(norm.running_mean, flat.mean((0, 1)))
+    torch.testing.assert_close(norm.running_var, flat.var(1).mean(0))
+    assert not norm.training
+    assert norm.momentum == 0.01
+
+
+def test_the_seed_decides_the_run(make_config, tmp_path):
+    first = Trainer(make_config(run_dir=str(tmp_path / "a"), seed=1)).model.quantizer.codebook
+    same = Trainer(make_config(run_dir=str(tmp_path / "b"), seed=1)).model.quantizer.codebook
+    other = Trainer(make_config(run_dir=str(tmp_path / "c"), seed=2)).model.quantizer.codebook
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+def test_an_unusable_device_is_named(make_config):
+    config = make_config()
+    with pytest.raises(ConfigError, match="device 'tpu9' cannot be used here"):
+        Trainer(config.model_copy(update={"device": "tpu9"}))
