@@ -24,9 +24,14 @@ def test_the_newest_checkpoint_is_found_by_number(tmp_path):
 
 def test_an_error_while_writing_leaves_nothing(tmp_path):
     write(tmp_path, 1)
-    with pytest.raises(RuntimeError, match="half"), checkpoint.writing(tmp_path, 2) as folder:
-        (folder / "model.bin").write_bytes(b"half")
-        raise RuntimeError("half")
+
+    def fail_half_way():
+        with checkpoint.writing(tmp_path, 2) as folder:
+            (folder / "model.bin").write_bytes(b"half")
+            raise RuntimeError("half")
+
+    with pytest.raises(RuntimeError, match="half"):
+        fail_half_way()
     assert [path.name for path in tmp_path.iterdir()] == ["step_000000001"]
 
 

@@ -67,10 +67,10 @@ def test_overrides_reach_nested_keys_and_are_typed_as_yaml(tmp_path, demo_text):
         ("optimizer.learning_rate=.nan", "optimizer.learning_rate: found nan"),
         ("optimizer.schedule=linear", "optimizer.schedule: found 'linear'; input should be 'constant' or 'cosine'"),
         ("data.crop_proportion=1.5", "1.5; allowed: above 0, at most 1"),
-        ("model.stem.latent_grid=3", "model: stem.latent_grid 3 does not divide the 8x8 token grid"),
+        ("model.stem.latent_grid=3", "model: stem.latent_grid 3 does not divide the 16x16 token grid"),
         (
-            "model.stem.skip=true",
-            "model: stem.skip needs a token grid of 16x16, the second stage's map; this one is 8x8",
+            "model.encoder.channel_multipliers=[1,1,1,1,1]",
+            "model: the encoder turns 64 px into a 4x4 token grid; HiT needs at least 8x8",
         ),
         ("model.encoder.channels=48", "model.encoder: channels 48: group normalisation needs a multiple of 32"),
         ("train", "override 'train': expected key=value, as in train.batch_size=64"),

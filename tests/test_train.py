@@ -89,7 +89,7 @@ def test_training_lowers_the_loss(make_config):
 def test_the_same_command_continues_to_the_same_weights(make_config, tmp_path, options):
     uninterrupted = VQHiT.from_pretrained(Trainer(make_config(run_dir=str(tmp_path / "whole"), **options)).run())
 
-    class Stopped(Exception):
+    class StoppedError(Exception):
         pass
 
     trainer = Trainer(make_config(**options))
@@ -97,11 +97,11 @@ def test_the_same_command_continues_to_the_same_weights(make_config, tmp_path, o
 
     def stop_after_five(images):
         if trainer.step == 5:
-            raise Stopped
+            raise StoppedError
         return step(images)
 
     trainer.train_step = stop_after_five
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         trainer.run()
     again = Trainer(make_config(**options))
     assert again.step == 4
@@ -123,7 +123,7 @@ def test_a_finished_run_is_not_trained_again(make_config):
 def test_a_run_folder_of_another_run_is_refused(make_config):
     Trainer(make_config())
     with pytest.raises(
-        ConfigError, match="holds another run .train.batch_size: 3 there, 2 now.; choose another run_dir"
+        ConfigError, match=r"holds another run .train.batch_size: 3 there, 2 now.; choose another run_dir"
     ):
         Trainer(make_config(batch_size=2))
     Trainer(make_config(log_every=5))  # how often it reports does not make it another run

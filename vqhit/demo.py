@@ -33,13 +33,16 @@ TRAINING_PHOTOS = (
 HELD_OUT_PHOTOS = ("chelsea.png", "coffee.png")
 
 
-def demo_config(out: Path, overrides: list[str]) -> RunConfig:
+def demo_config(out: Path | str, overrides: list[str]) -> RunConfig:
     """Return configs/demo.yaml with its folders inside `out`; it lies beside the package, or in it once installed."""
     package = Path(__file__).parent
     found = [path for path in (package.parent / "configs", package / "configs") if (path / "demo.yaml").is_file()]
     if not found:
         raise ValueError(f"configs/demo.yaml is neither beside nor in {package}; install vqhit again")
-    folders = [f"run_dir={json.dumps(str(out / 'run'))}", f"data.path={json.dumps(str(out / 'photos' / 'train'))}"]
+    folders = [
+        f"run_dir={json.dumps(str(Path(out) / 'run'))}",
+        f"data.path={json.dumps(str(Path(out) / 'photos' / 'train'))}",
+    ]
     return RunConfig.from_yaml(found[0] / "demo.yaml", [*folders, *overrides])
 
 
@@ -57,6 +60,8 @@ def run_demo(config: RunConfig, out: Path) -> dict[str, Any]:
     if not reused or not (trainer.run_dir / "model").is_dir():
         trainer.run()
     trained_s = time.perf_counter() - started
+    if trainer.step < config.train.steps:
+        print(f"out of time at step {trainer.step} of {config.train.steps}; the same command trains the rest")
     folder = newest(trainer.run_dir / "checkpoints")
     assert folder is not None  # the trainer ends with a checkpoint
     model = VQHiT.from_pretrained(folder)

@@ -5,6 +5,7 @@ feature map and the latent tokens from a noise vector (the GAN generator), `Code
 vectors (the VQ-HiT decoder). Where the paper and its official TensorFlow code part, the code decides.
 """
 
+import math
 from itertools import pairwise
 from typing import Literal, Self
 
@@ -217,6 +218,9 @@ class CodeStem(nn.Module):
 
     Ours: the paper (appendix A.5) does not say how a 16x16 grid of codes enters the 8x8 first stage. Each input is the
     whole grid by space-to-depth, then one linear layer; nothing is pooled away.
+
+    Its linear layers start wider than HiT's other kernels: a fresh VQGAN encoder's latents have a standard deviation of
+    about 0.2, and at HiT's 0.02 the position embeddings would drown them. Here map and tokens start near unit variance.
     """
 
     def __init__(self, config: StemConfig, code_grid: int, code_dim: int, widths: tuple[int, ...]) -> None:
@@ -227,6 +231,8 @@ class CodeStem(nn.Module):
         self.token_projection = Linear(self.token_factor**2 * code_dim, widths[0])
         self.tokens = LatentTokens(config.latent_grid**2, widths[0])
         self.skip = Linear(code_dim, widths[1]) if config.skip else None
+        for layer in filter(None, (self.feature_map, self.token_projection, self.skip)):
+            nn.init.normal_(layer.weight, std=5 / math.sqrt(layer.in_features))
 
     def forward(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         codes = codes.permute(0, 2, 3, 1)

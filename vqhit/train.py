@@ -46,7 +46,7 @@ class OptimizerConfig(Config):
 
 
 class TrainConfig(Config):
-    """Length of a run and what it writes; 0 switches a periodic output off."""
+    """Length of a run and what it writes; 0 switches a periodic output off (the last step always saves)."""
 
     steps: Count
     batch_size: Count
@@ -107,19 +107,19 @@ class Trainer:
                 losses = self.train_step(from_uint8(batch.to(self.device, non_blocking=True)))
                 bar.advance(len(batch), loss=losses["loss"])
                 self._log(losses, bar.rate)
-                grid = _due(self.step, config.grid_every, config.steps)
-                save = _due(self.step, config.checkpoint_every, config.steps)
+                out_of_time = config.max_minutes and time.monotonic() - started > 60 * config.max_minutes
+                last = out_of_time or self.step == config.steps
+                grid = last or _due(self.step, config.grid_every)
+                save = last or _due(self.step, config.checkpoint_every)
                 if grid or save:
                     self._settle_batch_norm()
-                if grid:
+                if grid and config.grid_every:
                     self._write_grid()
                 if save:
                     self._save()
-                if config.max_minutes and time.monotonic() - started > 60 * config.max_minutes:
+                if out_of_time:
                     break
         if self.step < config.steps:
-            self._settle_batch_norm()
-            self._save()
             return None
         self.model.eval().save_pretrained(self.run_dir / "model")
         return self.run_dir / "model"
@@ -212,7 +212,7 @@ class Trainer:
         checkpoint.prune(root, self.config.train.keep_checkpoints)
 
     def _log(self, losses: dict[str, float], images_per_s: float) -> None:
-        if not _due(self.step, self.config.train.log_every, self.config.train.steps):
+        if self.step % self.config.train.log_every and self.step != self.config.train.steps:
             return
         record: dict[str, float] = {
             "step": self.step,
@@ -242,8 +242,8 @@ class Trainer:
         compare_grid(pairs).save(folder / f"step_{self.step:09d}.png")
 
 
-def _due(step: int, every: int, last: int) -> bool:
-    return every > 0 and (step % every == 0 or step == last)
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

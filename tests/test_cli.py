@@ -1,0 +1,123 @@
+"""The command line, as a user runs it: exit codes, one-line errors, files written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vqhit.train import RunConfig
+
+
+def vqhit(*arguments, cwd=None):
+    return subprocess.run(
+        [sys.executable, "-m", "vqhit", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, check=False
+    )
+
+
+@pytest.fixture
+def model_folder(tiny_model, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def fails(result, *parts):
+    assert result.returncode == 2
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("vqhit: ")
+    for part in parts:
+        assert part in line
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "eval", "reconstruct"])
+def test_every_command_has_help_with_an_example(command):
+    result = vqhit(command, "--help")
+    assert result.returncode == 0
+    assert f"Example: vqhit {command}" in " ".join(result.stdout.split())
+
+
+def test_version_and_unknown_commands():
+    assert vqhit("--version").stdout.strip() == "0.1.0"
+    assert vqhit("trian").returncode == 2
+
+
+def test_train_eval_and_reconstruct_one_after_the_other(tiny_config, photo_folder, tmp_path):
+    config = {
+        "run_dir": "run",
+        "device": "cpu",
+        "model": tiny_config.to_dict(),
+        "data": {"path": str(photo_folder)},
+        "train": {"steps": 4, "batch_size": 2},
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(config))
+    first = vqhit("train", "run.yaml", "train.checkpoint_every=2", "train.max_minutes=1e-6", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "stopped at step 1; the same command continues" in first.stdout
+    second = vqhit("train", "run.yaml", "train.checkpoint_every=2", cwd=tmp_path)
+    assert second.returncode == 0, second.stderr
+    assert "continuing run at step 1" in second.stdout
+    assert "train 4/4: loss " in second.stdout
+    assert "images/s" in second.stdout
+
+    evaluated = vqhit("eval", "--model", "run/model", "--data", photo_folder, cwd=tmp_path)
+    assert evaluated.returncode == 0, evaluated.stderr
+    results = json.loads((tmp_path / "eval.json").read_text())
+    assert results["images"] == 6
+    assert f"{results['psnr']:.2f}" in evaluated.stdout
+
+    Image.new("CMYK", (50, 30), (10, 200, 30, 0)).save(tmp_path / "print.jpg")
+    Image.new("LA", (9, 70), (200, 128)).save(tmp_path / "ghost.png")
+    Image.new("RGB", (700, 20), "red").save(tmp_path / "long.webp")
+    photos = ["print.jpg", "ghost.png", "long.webp"]
+    reconstructed = vqhit("reconstruct", *photos, "--model", "run/model", "--out", "pictures", cwd=tmp_path)
+    assert reconstructed.returncode == 0, reconstructed.stderr
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["ghost.png", "long.png", "print.png"]
+    assert Image.open(tmp_path / "pictures" / "print.png").size == (2 * 16 + 3 * 4, 16 + 2 * 4)
+
+
+def test_a_file_that_is_no_image_is_named_and_nothing_is_written(model_folder, tmp_path, picture):
+    picture(20, 20).save(tmp_path / "good.png")
+    (tmp_path / "page.jpg").write_text("<html>")
+    result = vqhit("reconstruct", "good.png", "page.jpg", "--model", "model", "--out", "pictures", cwd=tmp_path)
+    fails(result, "page.jpg: not an image")
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_two_photographs_of_one_name_are_refused(model_folder, tmp_path, picture):
+    (tmp_path / "other").mkdir()
+    picture(20, 20).save(tmp_path / "a.png")
+    picture(20, 20).save(tmp_path / "other" / "a.jpg")
+    result = vqhit("reconstruct", "a.png", "other/a.jpg", "--model", "model", "--out", "pictures", cwd=tmp_path)
+    fails(result, "pictures/a.png")
+
+
+def test_user_mistakes_are_one_line_each(model_folder, photo_folder, tmp_path):
+    fails(vqhit("eval", "--model", "nowhere", "--data", photo_folder, cwd=tmp_path), "nowhere: no such folder")
+    fails(vqhit("eval", "--model", model_folder, "--data", "empty", cwd=tmp_path), "empty: no such folder of images")
+    fails(vqhit("train", "absent.yaml", cwd=tmp_path), "absent.yaml: no such file")
+    demo = Path(__file__).parent.parent / "configs" / "demo.yaml"
+    fails(vqhit("train", demo, "train.stepz=1", cwd=tmp_path), "train.stepz: unknown key; did you mean 'steps'?")
+    fails(vqhit("train", demo, "data.path=nowhere", cwd=tmp_path), "nowhere: no such folder of images")
+    assert not (tmp_path / "demo").exists()
+    assert not (tmp_path / "eval.json").exists()
+
+
+def test_the_imagenet_config_takes_two_steps_on_a_folder_of_photographs(photo_folder, tmp_path):
+    config = Path(__file__).parent.parent / "configs" / "vqhit_imagenet256.yaml"
+    overrides = [
+        "train.steps=2",
+        "train.batch_size=2",
+        "device=cpu",
+        "data.workers=0",
+        "train.log_every=1",
+        "train.grid_every=0",
+    ]
+    result = vqhit("train", config, f"data.path={photo_folder}", *overrides, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    run_dir = tmp_path / "runs" / "vqhit_imagenet256"
+    assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 2
+    assert RunConfig.from_yaml(run_dir / "config.yaml").train.batch_size == 2
+    assert (run_dir / "model" / "model.safetensors").stat().st_size > 4 * 57e6

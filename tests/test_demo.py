@@ -1,0 +1,61 @@
+"""The demo, shortened: its files, its numbers, its baselines; run again, it reuses what is there."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from skimage.transform import resize
+
+from vqhit import VQHiT
+from vqhit.demo import HELD_OUT_PHOTOS, TRAINING_PHOTOS, baselines, demo_config, print_results, run_demo, thumbnail_side
+
+
+def test_photographs_held_out_are_not_trained_on():
+    assert len(HELD_OUT_PHOTOS) == 2
+    assert not set(HELD_OUT_PHOTOS) & set(TRAINING_PHOTOS)
+
+
+def test_the_demo_takes_at_most_five_minutes():
+    assert demo_config("demo", []).train.max_minutes <= 5
+
+
+def test_a_short_demo_writes_its_results_and_reuses_them(tmp_path, capsys):
+    out = tmp_path / "my demo"
+    short = ["train.steps=3", "train.batch_norm_batches=1"]
+    results = run_demo(demo_config(out, short), out)
+    assert json.loads((out / "results.json").read_text()) == results
+    assert {"psnr", "psnr_mean_colour", "psnr_thumbnail", "ssim", "codes_used", "seconds"} <= results.keys()
+    assert results["images"] == 12
+    assert results["steps_this_time"] == 3
+    bits = results["bits_per_pixel"] * results["image_size"] ** 2
+    assert bits == pytest.approx(results["tokens_per_image"] * np.log2(results["codebook_size"]))
+    assert Image.open(out / "reconstruction.png").size == (6 * 132 + 4, 4 * 132 + 4)
+    assert VQHiT.from_pretrained(out / "model").num_tokens == results["tokens_per_image"]
+
+    again = run_demo(demo_config(out, short), out)
+    assert again["steps_this_time"] == 0
+    assert again["psnr"] == results["psnr"]
+
+    console = Console(width=140, record=True)
+    print_results(results, console)
+    table = console.export_text()
+    for heading in ("tokens per image", "bits per pixel", "PSNR", "SSIM", "codes used", "seconds", "mean colour"):
+        assert heading in table
+
+
+def test_the_thumbnail_has_the_number_of_bits_that_comes_nearest():
+    assert thumbnail_side(640) == 5
+    assert thumbnail_side(2560) == 10
+    assert thumbnail_side(1) == 1
+
+
+def test_baselines_are_the_mean_and_an_area_averaged_thumbnail_enlarged_bilinearly():
+    crops = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mean_colour, thumbnails = baselines(crops, bits=24 * 16)
+    np.testing.assert_allclose(mean_colour[1, :, 5, 9], crops[1].double().mean((1, 2)), atol=0.5)
+    small = crops[0].double().reshape(3, 4, 16, 4, 16).mean((2, 4)).round()
+    enlarged = resize(small.permute(1, 2, 0).numpy(), (64, 64), order=1, mode="edge", preserve_range=True)
+    np.testing.assert_allclose(thumbnails[0].permute(1, 2, 0), enlarged, atol=1)

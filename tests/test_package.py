@@ -1,0 +1,86 @@
+"""The shape of the package: imports only go down, start-up is quick, a wheel holds what it needs."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "vqhit"
+FLOORS = [
+    {"config"},
+    {"images", "layers", "losses", "checkpoint", "progress"},
+    {"vqgan", "quantizer", "hit", "hub", "data"},
+    {"models"},
+    {"train", "evaluate", "convert"},
+    {"demo"},
+    {"cli"},
+    {"__main__"},
+]
+
+
+def imported(path):
+    """Names of the vqhit modules that a file imports, also inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            if node.module == "vqhit":
+                names |= {alias.name for alias in node.names}
+            elif (node.module or "").startswith("vqhit."):
+                names.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("vqhit") for alias in node.names), f"{path.name}: import vqhit.x"
+    return names - {"__version__"}
+
+
+def test_every_module_has_a_floor():
+    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} == set().union(*FLOORS)
+    assert [path for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"] == []
+
+
+@pytest.mark.parametrize("floor", range(len(FLOORS)))
+def test_imports_go_down(floor):
+    below = set().union(*FLOORS[:floor])
+    for name in FLOORS[floor]:
+        upwards = imported(PACKAGE / f"{name}.py") - below
+        assert not upwards, f"{name}.py imports {upwards} from its own floor or above"
+
+
+def best_seconds(code, tries=3):
+    times = []
+    for _ in range(tries):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def test_start_up_times():
+    """Above an empty interpreter: under 0.3 s for the package, at most 0.5 s more than torch for a model class."""
+    empty = best_seconds("pass")
+    package = best_seconds("import vqhit") - empty
+    torch_alone = best_seconds("import torch")
+    model_class = best_seconds("from vqhit import VQHiT") - torch_alone
+    command = best_seconds("import sys; sys.argv = ['vqhit', '--help']; from vqhit.cli import main; main()") - empty
+    print(f"start-up seconds: import vqhit {package:.2f}, VQHiT above torch {model_class:.2f}, --help {command:.2f}")
+    assert package < 0.3
+    assert command < 0.6
+    assert model_class < 0.5
+
+
+@pytest.mark.parametrize("code", ["import vqhit; dir(vqhit)", "import vqhit.cli", "import vqhit.config"])
+def test_torch_is_not_loaded_before_it_is_needed(code):
+    check = f"{code}; import sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+def test_public_names_are_there():
+    import vqhit
+
+    for name in vqhit.__all__:
+        assert getattr(vqhit, name) is not None
+    with pytest.raises(AttributeError, match="module 'vqhit' has no attribute 'VQHIT'"):
+        vqhit.VQHIT  # noqa: B018

@@ -1,0 +1,41 @@
+"""The README's lines work as they stand."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from vqhit.demo import demo_config
+from vqhit.models import VQHiT
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_first_six_lines_work_and_give_the_shapes_they_say(tmp_path, monkeypatch, picture):
+    assert len([line for line in BLOCKS[0].splitlines() if line]) <= 6
+    torch.manual_seed(0)
+    VQHiT(demo_config("demo", []).model).eval().save_pretrained(tmp_path / "demo" / "model")
+    (tmp_path / "demo" / "photos" / "held_out").mkdir(parents=True)
+    picture(90, 70).save(tmp_path / "demo" / "photos" / "held_out" / "coffee.png")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(BLOCKS[0], names)
+    assert (tmp_path / "reconstruction.png").is_file()
+    for name in ("images", "tokens"):
+        shape = re.search(rf"^{name} = .*# (\([\d, ]+\))", BLOCKS[0], flags=re.MULTILINE)[1]
+        assert str(tuple(names[name].shape)) == shape
+
+
+def test_the_other_lines_work():
+    names = {"images": torch.zeros(1, 3, 256, 256)}
+    with torch.no_grad():
+        exec(BLOCKS[1], names)
+    assert names["out"].reconstruction.shape == (1, 3, 256, 256)
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http)([^)]+)\)", README))))
+def test_links_to_files_lead_somewhere(link):
+    assert (ROOT / link).exists()
