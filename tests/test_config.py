@@ -66,7 +66,9 @@ def test_overrides_reach_nested_keys_and_are_typed_as_yaml(tmp_path, demo_text):
         ("train.batch_size=0", "train.batch_size: found 0; input should be greater than or equal to 1"),
         ("optimizer.learning_rate=.nan", "optimizer.learning_rate: found nan"),
         ("optimizer.schedule=linear", "optimizer.schedule: found 'linear'; input should be 'constant' or 'cosine'"),
-        ("data.crop_proportion=1.5", "1.5; allowed: above 0, at most 1"),
+        ("data.crop_proportion=1.5", "data.crop_proportion.0: found 1.5; input should be less than or equal to 1"),
+        ("data.crop_proportion=[0.6, 0.2]", "data.crop_proportion: found [0.6, 0.2]; the smaller share comes first"),
+        ("data.crop_proportion=all", "data.crop_proportion: found 'all'; input should be a valid tuple"),
         ("model.stem.latent_grid=3", "model: stem.latent_grid 3 does not divide the 16x16 token grid"),
         (
             "model.encoder.channel_multipliers=[1,1,1,1,1]",

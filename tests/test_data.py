@@ -23,6 +23,13 @@ def test_images_are_found_in_all_subfolders_and_sorted(photo_folder):
     assert paths == sorted(paths)
 
 
+def test_links_between_folders_are_followed_once(photo_folder):
+    (photo_folder / "more" / "up").symlink_to(photo_folder, target_is_directory=True)
+    assert len(list_images(photo_folder)) == 6
+    (photo_folder.parent / "link").symlink_to(photo_folder, target_is_directory=True)
+    assert len(list_images(photo_folder.parent / "link")) == 6
+
+
 def test_a_folder_without_images_is_named(tmp_path):
     with pytest.raises(ValueError, match="no images in it or below"):
         list_images(tmp_path)
@@ -58,7 +65,7 @@ def test_crops_are_squares_of_the_asked_share_inside_the_image():
         row = np.asarray(random_crop(wide, 32, (0.25, 0.5), rng), float)[16, :, 0]
         width_px = (row[-1] - row[0]) / 255 * 400 * 32 / 31
         assert 22 < width_px < 53
-    full = np.asarray(random_crop(wide.crop((0, 0, 100, 100)), 100, 1.0, rng))
+    full = np.asarray(random_crop(wide.crop((0, 0, 100, 100)), 100, (1.0, 1.0), rng))
     np.testing.assert_array_equal(full, np.asarray(wide.crop((0, 0, 100, 100))))
 
 

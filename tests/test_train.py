@@ -112,6 +112,14 @@ def test_the_same_command_continues_to_the_same_weights(make_config, tmp_path, o
     assert timeless == [{k: v for k, v in r.items() if k != "images_per_s"} for r in records(tmp_path / "whole")]
 
 
+def test_a_metrics_line_cut_off_by_a_kill_does_not_stop_the_run(make_config, tmp_path):
+    Trainer(make_config(max_minutes=1e-6, log_every=1)).run()
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "images": 6}\n{"step": 3, "ima')
+    Trainer(make_config(log_every=1)).run()
+    assert [record["step"] for record in records(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_finished_run_is_not_trained_again(make_config):
     Trainer(make_config()).run()
     again = Trainer(make_config())

@@ -8,37 +8,43 @@ import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import AfterValidator, Strict
+from pydantic import AfterValidator, BeforeValidator, Field, Strict
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vqhit import images
 from vqhit.config import Config, Flag, NonNegativeInt, Text
 
-
-def _share(value: float) -> float:
-    if not 0 < value <= 1:
-        raise ValueError(f"found {value}; allowed: above 0, at most 1")
-    return value
+Share = Annotated[float, Strict(), Field(gt=0, le=1)]
 
 
-Share = Annotated[float, Strict(), AfterValidator(_share)]
+def _both_ends(value: Any) -> Any:
+    return (value, value) if isinstance(value, int | float) else value
+
+
+def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise ValueError(f"found {list(pair)}; the smaller share comes first")
+    return pair
 
 
 class DataConfig(Config):
     """Training images: a folder, searched with all its subfolders.
 
-    A training crop is a square, anywhere in the image, whose side is `crop_proportion` times the short side (0.875 on
-    ImageNet, as the official code), or a share drawn evenly between two such values.
+    A training crop is a square, anywhere in the image, whose side is `crop_proportion` times the short side: a share
+    drawn evenly between two values, or one value (0.875 on ImageNet, as the official code).
     """
 
     path: Text
-    crop_proportion: Share | tuple[Share, Share] = 0.875
+    crop_proportion: Annotated[tuple[Share, Share], BeforeValidator(_both_ends), AfterValidator(_ascending)] = (
+        0.875,
+        0.875,
+    )
     flip: Flag = True
     workers: NonNegativeInt = 0
     """Loader processes; 0 loads in the training process."""
@@ -52,9 +58,13 @@ def list_images(folder: Path | str) -> list[Path]:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder of images")
     found: list[str] = []
-    pending = [str(folder)]
+    pending, seen = [str(folder)], set()
     while pending:
-        with os.scandir(pending.pop()) as entries:
+        directory = pending.pop()
+        if (real := os.path.realpath(directory)) in seen:  # a link back up, or two links to one folder
+            continue
+        seen.add(real)
+        with os.scandir(directory) as entries:
             for entry in entries:
                 if entry.is_dir():
                     pending.append(entry.path)
@@ -91,11 +101,10 @@ class TrainingCrops(Dataset[Tensor]):
 
 
 def random_crop(
-    image: Image.Image, size: int, proportion: float | tuple[float, float], rng: np.random.Generator
+    image: Image.Image, size: int, proportion: tuple[float, float], rng: np.random.Generator
 ) -> Image.Image:
     """A random square of `proportion` times the short side, resized to `size` px (see `DataConfig`)."""
-    low, high = proportion if isinstance(proportion, tuple) else (proportion, proportion)
-    side = min(image.size) * rng.uniform(low, high)
+    side = min(image.size) * rng.uniform(*proportion)
     left, top = rng.uniform(0, image.width - side), rng.uniform(0, image.height - side)
     return images.crop_box(image, (left, top, side), size)
 

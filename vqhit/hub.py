@@ -51,7 +51,10 @@ class Pretrained(nn.Module):
         """
         directory = Path(path)
         if not directory.is_dir():
-            raise ValueError(f"{directory}: no such folder; a model folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+            raise ValueError(
+                f"{directory}: no such folder; a model folder holds {CONFIG_FILE} and {WEIGHTS_FILE} (this version "
+                "loads folders only, not yet from the Hugging Face Hub)"
+            )
         config = cls._read_config(directory / CONFIG_FILE)
         with torch.device("meta"):
             model = cls(config)

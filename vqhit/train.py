@@ -19,7 +19,7 @@ from torch import Tensor
 from vqhit import checkpoint
 from vqhit.config import Config, ConfigError, Count, NonNegative, NonNegativeInt, Positive, Text
 from vqhit.data import CenterCrops, DataConfig, TrainingCrops, list_images, training_batches
-from vqhit.hub import select_device
+from vqhit.hub import select_device, write_atomic
 from vqhit.images import compare_grid, from_uint8, to_uint8
 from vqhit.layers import reestimate_batch_norm
 from vqhit.losses import LossConfig, reconstruction_loss
@@ -175,7 +175,7 @@ class Trainer:
             if changed := [key for key in changed if key not in _CHANGEABLE]:
                 differences = ", ".join(f"{key}: {before.get(key)} there, {now.get(key)} now" for key in changed[:3])
                 raise ConfigError(f"run_dir {self.run_dir} holds another run ({differences}); choose another run_dir")
-        path.write_text(self.config.to_yaml())
+        write_atomic(path, self.config.to_yaml().encode())
 
     def _resume(self) -> None:
         folder = checkpoint.newest(self.run_dir / "checkpoints")
@@ -188,8 +188,9 @@ class Trainer:
             self.dead_codes.unused_steps = state["unused_steps"]
         metrics = self.run_dir / "metrics.jsonl"
         if metrics.exists():  # drop what came after the checkpoint: those steps are trained again
-            lines = [line for line in metrics.read_text().splitlines() if json.loads(line)["step"] <= self.step]
-            metrics.write_text("".join(line + "\n" for line in lines))
+            *lines, _cut_off = metrics.read_text().split("\n")
+            kept = [line for line in lines if json.loads(line)["step"] <= self.step]
+            write_atomic(metrics, "".join(line + "\n" for line in kept).encode())
 
     def _settle_batch_norm(self) -> None:
         """Statistics of the weights as they are, over the first batches of the run's order."""
