@@ -103,7 +103,7 @@ def run_demo(config: RunConfig, out: Path) -> dict[str, Any]:
 def print_results(results: dict[str, Any], console: Console) -> None:
     """The demo's table: the tokenizer beside its two baselines."""
     title = f"{results['images']} crops of {len(HELD_OUT_PHOTOS)} photographs held out of training"
-    table = Table(title=title, box=box.SIMPLE)
+    table = Table(title=title, box=box.SIMPLE, padding=0, pad_edge=False)
     for column in ("", "tokens\nper image", "bits\nper pixel", "PSNR\n(dB)", "SSIM", "codes used", "seconds"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     used = f"{results['codes_used']} of {results['codebook_size']}"
@@ -118,7 +118,7 @@ def print_results(results: dict[str, Any], console: Console) -> None:
     )
     side = results["thumbnail_px"]
     for name, key, bits in (
-        (f"thumbnail {side}x{side} px", "thumbnail", 24 * side**2 / results["image_size"] ** 2),
+        (f"thumbnail {side}x{side}", "thumbnail", 24 * side**2 / results["image_size"] ** 2),
         ("mean colour", "mean_colour", 24 / results["image_size"] ** 2),
     ):
         numbers = (f"{results[f'psnr_{key}']:.2f}", f"{results[f'ssim_{key}']:.3f}")
