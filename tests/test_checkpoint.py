@@ -65,8 +65,35 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(tmp_path, nam
     checkpoint.verify(file.parent)
 
 
+def test_if_all_are_damaged_nothing_starts_over_silently(tmp_path):
+    write(tmp_path, 1)
+    (tmp_path / "step_000000001" / "model.bin").unlink()
+    with (
+        pytest.warns(UserWarning, match=r"model\.bin"),
+        pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole"),
+    ):
+        checkpoint.newest(tmp_path)
+
+
+def test_a_manifest_with_a_damaged_key_is_passed_over(tmp_path):
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+    manifest = tmp_path / "step_000000002" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("bytes", "byteS"))
+    with pytest.warns(UserWarning, match=r"manifest\.json: damaged"):
+        assert checkpoint.newest(tmp_path).name == "step_000000001"
+
+
 def test_only_the_newest_are_kept(tmp_path):
     for step in range(1, 6):
         write(tmp_path, step)
-    checkpoint.prune(tmp_path, keep=2)
+    checkpoint.prune(tmp_path, 5, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000000004", "step_000000005"]
+
+
+def test_the_checkpoint_just_written_outlives_later_damaged_ones(tmp_path):
+    for step in (4, 8):
+        write(tmp_path, step)
+    write(tmp_path, 5)  # the run was continued from 4 because 8 is damaged
+    checkpoint.prune(tmp_path, 5, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000000005"]

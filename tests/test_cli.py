@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from vqhit import VQHiT
 from vqhit.train import RunConfig
 
 
@@ -75,7 +76,13 @@ def test_train_eval_and_reconstruct_one_after_the_other(tiny_config, photo_folde
     reconstructed = vqhit("reconstruct", *photos, "--model", "run/model", "--out", "pictures", cwd=tmp_path)
     assert reconstructed.returncode == 0, reconstructed.stderr
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["ghost.png", "long.png", "print.png"]
-    assert Image.open(tmp_path / "pictures" / "print.png").size == (2 * 16 + 3 * 4, 16 + 2 * 4)
+    picture = Image.open(tmp_path / "pictures" / "print.png")
+    assert picture.size == (2 * 16 + 3 * 4, 16 + 2 * 4)
+    model = VQHiT.from_pretrained(tmp_path / "run" / "model")
+    original = model.preprocess(tmp_path / "print.jpg")
+    for left, expected in ((4, original), (24, model.reconstruct(original))):
+        shown = picture.crop((left, 4, left + 16, 20))
+        assert shown.tobytes() == model.postprocess(expected)[0].tobytes()
 
 
 def test_a_file_that_is_no_image_is_named_and_nothing_is_written(model_folder, tmp_path, picture):
@@ -94,9 +101,24 @@ def test_two_photographs_of_one_name_are_refused(model_folder, tmp_path, picture
     fails(result, "pictures/a.png")
 
 
+def test_a_photograph_is_never_overwritten(model_folder, tmp_path, picture):
+    picture(20, 20).save(tmp_path / "a.png")
+    before = (tmp_path / "a.png").read_bytes()
+    fails(vqhit("reconstruct", "a.png", "--model", "model", "--out", ".", cwd=tmp_path), "would overwrite a photograph")
+    assert (tmp_path / "a.png").read_bytes() == before
+
+
+def test_paths_may_look_like_markup(model_folder, photo_folder, tmp_path):
+    photo_folder.rename(tmp_path / "ph [bold] x")
+    result = vqhit("eval", "--model", "model", "--data", "ph [bold] x", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "ph [bold] x" in result.stdout
+
+
 def test_user_mistakes_are_one_line_each(model_folder, photo_folder, tmp_path):
     fails(vqhit("eval", "--model", "nowhere", "--data", photo_folder, cwd=tmp_path), "nowhere: no such folder")
     fails(vqhit("eval", "--model", model_folder, "--data", "empty", cwd=tmp_path), "empty: no such folder of images")
+    fails(vqhit("eval", "--model", model_folder, "--data", photo_folder, "--out", tmp_path), "--out is the JSON file")
     fails(vqhit("train", "absent.yaml", cwd=tmp_path), "absent.yaml: no such file")
     demo = Path(__file__).parent.parent / "configs" / "demo.yaml"
     fails(vqhit("train", demo, "train.stepz=1", cwd=tmp_path), "train.stepz: unknown key; did you mean 'steps'?")

@@ -75,6 +75,11 @@ def test_overrides_reach_nested_keys_and_are_typed_as_yaml(tmp_path, demo_text):
             "model: the encoder turns 64 px into a 4x4 token grid; HiT needs at least 8x8",
         ),
         ("model.encoder.channels=48", "model.encoder: channels 48: group normalisation needs a multiple of 32"),
+        ("seed=9999999999999999999", "seed: found 9999999999999999999; input should be less than"),
+        ("optimizer.beta2=1.0", "optimizer.beta2: found 1.0; input should be less than 1"),
+        ("model.encoder.attention_resolutions=[15]", "model: encoder.attention_resolutions [15]: the encoder's maps"),
+        ("self=1", "self: unknown key"),
+        ("train={1: 2}", "override 'train={1: 2}': key 1 (line 1 and below) is no text; put it in quotes"),
         ("train", "override 'train': expected key=value, as in train.batch_size=64"),
         ("seed.value=1", "override 'seed.value=1': seed is a value, it has no keys below it"),
         ("train.steps=[1", "override 'train.steps=[1': not valid YAML"),
@@ -100,6 +105,11 @@ def test_malformed_files_are_named(tmp_path, text, message):
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         load(tmp_path, text)
     assert str(caught.value).startswith(str(tmp_path / "run.yaml"))
+
+
+def test_yaml_anchors_and_merges_work(tmp_path, demo_text):
+    config = load(tmp_path, demo_text + "\n", "loss={<<: {codebook: 0.5}, reconstruction: 2.0}")
+    assert (config.loss.codebook, config.loss.reconstruction) == (0.5, 2.0)
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -1,5 +1,6 @@
 """The order of training images is a function of seed and sample index alone."""
 
+import pickle
 from collections import Counter
 
 import numpy as np
@@ -48,6 +49,18 @@ def test_every_epoch_visits_every_image_once_in_another_order(photo_folder):
     assert epochs[0] != epochs[1]
 
 
+def test_another_seed_gives_another_order_and_other_crops(photo_folder):
+    config, paths = DataConfig(path=str(photo_folder)), list_images(photo_folder)
+    one, two = (TrainingCrops(paths, config, size=16, seed=seed) for seed in (1, 2))
+    assert [one._order(0).tolist(), one._order(1).tolist()] != [two._order(0).tolist(), two._order(1).tolist()]
+    assert not torch.equal(torch.stack([one[n] for n in range(6)]), torch.stack([two[n] for n in range(6)]))
+
+
+def test_a_dataset_can_be_sent_to_a_loader_process_that_does_not_inherit_it(photo_folder):
+    dataset = crops(photo_folder, cache_images=2)
+    assert torch.equal(pickle.loads(pickle.dumps(dataset))[7], dataset[7])
+
+
 def test_a_sample_is_the_same_whenever_and_by_whomever_it_is_loaded(photo_folder):
     plain = torch.cat(list(training_batches(crops(photo_folder), 4, 0, 6, workers=0)))
     workers = torch.cat(list(training_batches(crops(photo_folder), 4, 0, 6, workers=2)))
@@ -83,3 +96,12 @@ def test_an_unreadable_image_is_named(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     with pytest.raises(ImageError, match=r"broken\.jpg"):
         crops(tmp_path)[0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_is_one_line_from_a_loader_process_too(tmp_path, workers):
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    with pytest.raises(ImageError) as caught:
+        list(training_batches(crops(tmp_path), 1, 0, 1, workers))
+    assert str(caught.value).startswith(str(tmp_path / "broken.jpg"))
+    assert "\n" not in str(caught.value)

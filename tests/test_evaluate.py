@@ -12,7 +12,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from vqhit.data import list_images
 from vqhit.evaluate import evaluate_tokenizer, psnr, ssim
-from vqhit.images import center_crop, load_image, pil_to_uint8
+from vqhit.images import center_crop, load_image, pil_to_uint8, to_uint8
 
 
 @pytest.fixture(scope="module")
@@ -88,4 +88,8 @@ def test_results_do_not_depend_on_batch_size_or_workers(tiny_model, photo_folder
 
 def test_limit_takes_images_spread_over_the_folder(tiny_model, photo_folder):
     assert evaluate_tokenizer(tiny_model, photo_folder, limit=2)["images"] == 2
+    paths = list_images(photo_folder)
+    first_and_fourth = tiny_model.preprocess([paths[0], paths[3]])
+    expected = psnr(to_uint8(first_and_fourth), to_uint8(tiny_model.reconstruct(first_and_fourth))).mean().item()
+    assert evaluate_tokenizer(tiny_model, photo_folder, limit=2)["psnr"] == pytest.approx(expected, rel=1e-6)
     assert evaluate_tokenizer(tiny_model, photo_folder, limit=100)["images"] == 6

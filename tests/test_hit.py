@@ -163,6 +163,7 @@ def test_conversion_refuses_an_unknown_variable():
 @pytest.mark.parametrize(
     ("change", "found"),
     [
+        ({"widths": (32,) * 40}, "40 stages make images of 4398046511104 px; allowed: 10 stages"),
         ({"depths": (2, 1)}, "depths has 2 entries and widths has 4"),
         ({"block_sizes": (4, 4, 4, 4)}, "block_sizes has 4 entries for 4 stages"),
         ({"block_sizes": (3,)}, "stage 0: a 8x8 map does not divide into blocks of 3"),

@@ -162,5 +162,6 @@ def test_a_save_that_fails_leaves_the_old_file_whole(tiny_model, folder, monkeyp
 
 
 def test_an_unusable_device_is_named(folder):
-    with pytest.raises(ConfigError, match="device 'tpu9' cannot be used here"):
-        VQHiT.from_pretrained(folder, device="tpu9")
+    for device in ("tpu9", "meta"):
+        with pytest.raises(ConfigError, match=f"device '{device}' cannot be used here"):
+            VQHiT.from_pretrained(folder, device=device)

@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vqhit import images
 from vqhit.images import ImageError, load_image
@@ -67,6 +67,31 @@ def test_exif_rotation_is_applied(tmp_path):
     assert loaded.size == (20, 40)
     assert loaded.getpixel((10, 5))[0] > 200
     assert loaded.getpixel((10, 35))[0] < 50
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_orientation_is_turned_as_pil_turns_it(tmp_path, picture, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture(12, 7).save(tmp_path / "turned.png", exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "turned.png")))
+    np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "turned.png")), expected)
+
+
+def test_damaged_exif_does_not_cost_the_picture(tmp_path, picture):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x010F] = "maker"
+    picture(12, 7).save(tmp_path / "whole.jpg", exif=exif, quality=95)
+    data = (tmp_path / "whole.jpg").read_bytes()
+    start, length = data.index(b"Exif") + 6, len(exif.tobytes()) - 6
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        damaged = bytearray(data)
+        for place in rng.integers(start, start + length, 3):
+            damaged[place] = rng.integers(0, 256)
+        (tmp_path / "damaged.jpg").write_bytes(damaged)
+        assert sorted(load_image(tmp_path / "damaged.jpg").size) == [7, 12]
 
 
 def png_with_short_data():

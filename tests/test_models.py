@@ -84,7 +84,14 @@ def test_the_256_models_tokens_are_bit_equal_alone_and_in_a_batch():
         (torch.zeros(1, 1, 16, 16), "images are (1, 1, 16, 16); this model takes (B, 3, 16, 16)"),
         (torch.zeros(1, 16, 16, 3), "images are (1, 16, 16, 3); this model takes (B, 3, 16, 16)"),
         (torch.zeros(1, 3, 24, 16), "images are (1, 3, 24, 16); this model takes (B, 3, 16, 16)"),
-        (torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "images are torch.uint8; allowed: floating point in [-1, 1]"),
+        (
+            torch.zeros(1, 3, 16, 16, dtype=torch.uint8),
+            "images are torch.uint8; this model's weights are torch.float32",
+        ),
+        (
+            torch.zeros(1, 3, 16, 16, dtype=torch.float64),
+            "images are torch.float64; this model's weights are torch.float32",
+        ),
         (torch.full((1, 3, 16, 16), 255.0), "images range from 255 to 255; allowed: -1 to 1"),
         (torch.full((1, 3, 16, 16), float("nan")), "images range from nan to nan; allowed: -1 to 1"),
     ],
@@ -116,6 +123,43 @@ def test_latents_of_another_shape_are_refused(tiny_model):
     for method in (tiny_model.quantize, tiny_model.decode_latents):
         with pytest.raises(ValueError, match=re.escape("latents are (1, 4, 8, 8); this model takes (B, 8, 8, 8)")):
             method(torch.zeros(1, 4, 8, 8))
+
+
+def test_latents_of_another_dtype_are_refused(tiny_model):
+    for method in (tiny_model.quantize, tiny_model.decode_latents):
+        with pytest.raises(ValueError, match=r"latents are torch\.int64; this model's weights are torch\.float32"):
+            method(torch.zeros(1, 8, 8, 8, dtype=torch.int64))
+
+
+def test_autocast_may_mix_dtypes(tiny_model):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = tiny_model(images())
+    assert out.reconstruction.shape == (3, 3, 16, 16)
+
+
+def test_preprocess_and_postprocess_refuse_other_things(tiny_model):
+    with pytest.raises(ValueError, match="found a int; a photograph is a PIL image or a path"):
+        tiny_model.preprocess([3])
+    with pytest.raises(ValueError, match=re.escape("images are (3, 16, 16); allowed: (B, 3, H, W)")):
+        tiny_model.postprocess(torch.zeros(3, 16, 16))
+    with pytest.raises(ValueError, match=r"images are torch\.uint8; allowed: floating point"):
+        tiny_model.postprocess(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+
+
+def test_attention_resolutions_must_be_those_of_the_encoders_maps():
+    config = VQHiTConfig.preset("vqhit-s-256")
+    with pytest.raises(
+        ConfigError, match=r"encoder\.attention_resolutions \[15\]: the encoder's maps at 256 px are 256, 128"
+    ):
+        VQHiTConfig(**{**dict(config), "encoder": EncoderConfig(attention_resolutions=(15,))})
+
+
+def test_the_stem_starts_near_unit_variance():
+    torch.manual_seed(0)
+    model = VQHiT(VQHiTConfig.preset("vqhit-s-256"))
+    feature_map, _, _ = model.stem(0.2 * torch.randn(8, 256, 16, 16))
+    assert feature_map.std().item() == pytest.approx(1, rel=0.05)
+    assert model.stem.token_projection.weight.std().item() == pytest.approx(5 / 4096**0.5, rel=0.05)
 
 
 def test_micro_batch_must_be_positive(tiny_model):

@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,13 @@ def test_public_names_are_there():
         assert getattr(vqhit, name) is not None
     with pytest.raises(AttributeError, match="module 'vqhit' has no attribute 'VQHIT'"):
         vqhit.VQHIT  # noqa: B018
+
+
+def test_the_wheel_holds_the_configurations_and_the_type_marker(tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*command, "--wheel-dir", str(tmp_path), str(PACKAGE.parent)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("vqhit-*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {"vqhit/py.typed", "vqhit/configs/demo.yaml", "vqhit/configs/vqhit_imagenet256.yaml"} <= names
+    assert {f"vqhit/{path.name}" for path in PACKAGE.glob("*.py")} <= names
+    assert not any(name.startswith("tests/") for name in names)

@@ -59,6 +59,58 @@ def test_a_run_writes_its_config_metrics_grids_checkpoints_and_model(make_config
         assert torch.equal(tensor, final[name]), name
 
 
+def test_codebook_usage_is_counted_over_each_epoch(make_config):
+    trainer = Trainer(make_config(steps=4, batch_size=3, log_every=1, learning_rate=1e-9))
+    trainer.run()
+    model = VQHiT.from_pretrained(Path(trainer.config.run_dir) / "checkpoints" / "step_000000004")
+    found = [record.get("codebook_usage") for record in records(trainer.config.run_dir)]
+    for epoch in (0, 1):  # six images, two steps of three
+        batch = torch.stack([trainer.crops[sample] for sample in range(6 * epoch, 6 * epoch + 6)])
+        assert found[2 * epoch : 2 * epoch + 2] == [None, len(model.encode(from_uint8(batch)).unique()) / 32]
+
+
+def test_grids_show_originals_above_their_reconstructions(make_config):
+    trainer = Trainer(make_config(steps=3))
+    trainer.run()
+    model = VQHiT.from_pretrained(Path(trainer.config.run_dir) / "model")
+    first = model.preprocess(trainer.paths[0])
+    grid = Image.open(Path(trainer.config.run_dir) / "grids" / "step_000000003.png")
+    for top, expected in ((4, first), (24, model.reconstruct(first))):
+        assert grid.crop((4, top, 20, top + 16)).tobytes() == model.postprocess(expected)[0].tobytes()
+
+
+def test_saved_batch_norm_statistics_are_those_of_the_saved_weights(make_config):
+    trainer = Trainer(make_config(batch_norm_batches=2))
+    model = VQHiT.from_pretrained(trainer.run())
+    saved = model.backbone.stages[1].cross.norm.running_mean.clone()
+    batches = [from_uint8(torch.stack([trainer.crops[n] for n in range(start, start + 3)])) for start in (0, 3)]
+    reestimate_batch_norm(model, batches)
+    torch.testing.assert_close(model.backbone.stages[1].cross.norm.running_mean, saved)
+
+
+def test_moved_codes_lose_their_averages(make_config):
+    trainer = Trainer(make_config(restart_codes_after=1))
+    images = from_uint8(torch.stack([trainer.crops[sample] for sample in range(3)]))
+    codebook = trainer.model.quantizer.codebook
+    before = codebook.detach().clone()
+    trainer.train_step(images)
+    moved = (codebook.detach() - before).abs().amax(1) > 2e-3  # further than one step of Adam
+    assert moved.any()
+    assert not trainer.optimizer.state[codebook]["exp_avg_sq"][moved].any()
+
+
+def test_only_the_asked_number_of_checkpoints_is_kept(make_config):
+    config = make_config(checkpoint_every=1, keep_checkpoints=2)
+    Trainer(config).run()
+    names = sorted(path.name for path in (Path(config.run_dir) / "checkpoints").iterdir())
+    assert names == ["step_000000005", "step_000000006"]
+
+
+def test_a_start_that_failed_does_not_claim_the_folder(make_config):
+    Trainer(make_config())  # nothing was trained or saved
+    assert Trainer(make_config(batch_size=2)).config.train.batch_size == 2
+
+
 def test_one_step_is_adam_on_the_weighted_sum_of_the_terms(make_config):
     trainer = Trainer(make_config())
     twin = VQHiT(trainer.config.model).train()
@@ -129,7 +181,7 @@ def test_a_finished_run_is_not_trained_again(make_config):
 
 
 def test_a_run_folder_of_another_run_is_refused(make_config):
-    Trainer(make_config())
+    Trainer(make_config()).run()
     with pytest.raises(
         ConfigError, match=r"holds another run .train.batch_size: 3 there, 2 now.; choose another run_dir"
     ):
@@ -163,7 +215,7 @@ def test_learning_rate_schedules(make_config):
 def test_batch_norm_statistics_are_those_of_the_present_weights():
     torch.manual_seed(0)
     norm = BatchNorm(4)
-    norm.running_mean.fill_(9.0)
+    norm.train()(torch.randn(9, 4) * 50)  # a past that must not count
     batches = [torch.randn(5, 7, 4) + 2 for _ in range(3)]
     norm.eval()
     reestimate_batch_norm(norm, batches)

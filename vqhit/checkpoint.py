@@ -44,14 +44,21 @@ def writing(root: Path, step: int) -> Iterator[Path]:
 
 
 def newest(root: Path) -> Path | None:
-    """Return the newest checkpoint that verifies, or None; warns of each damaged one that it passes over."""
+    """Return the newest checkpoint that verifies, or None if there are none.
+
+    Warns of each damaged one that it passes over; raises `CheckpointError` if all of them are damaged.
+    """
+    damage = None
     for path in sorted(root.glob("step_*"), reverse=True):
         try:
             verify(path)
         except CheckpointError as error:
-            warnings.warn(f"{error}; using the checkpoint before it", stacklevel=2)
+            warnings.warn(f"{error}; looking for a checkpoint before it", stacklevel=2)
+            damage = error
         else:
             return path
+    if damage is not None:
+        raise CheckpointError(f"{damage}; no checkpoint in {root} is whole: remove the folder to start again")
     return None
 
 
@@ -59,23 +66,27 @@ def verify(path: Path) -> None:
     """Compare every file with the manifest; raises `CheckpointError` naming the first that differs."""
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
+        expected = [(path / name, entry["bytes"], entry["sha256"]) for name, entry in files.items()]
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no {MANIFEST}, so not a complete checkpoint") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{path / MANIFEST}: damaged") from None
-    for name, expected in files.items():
-        file = path / name
+    for file, bytes_written, sha256 in expected:
         if not file.is_file():
             raise CheckpointError(f"{file}: missing")
-        if (size := file.stat().st_size) != expected["bytes"]:
-            raise CheckpointError(f"{file}: damaged, {size} bytes where the manifest says {expected['bytes']}")
-        if _sha256(file) != expected["sha256"]:
+        if (size := file.stat().st_size) != bytes_written:
+            raise CheckpointError(f"{file}: damaged, {size} bytes where the manifest says {bytes_written}")
+        if _sha256(file) != sha256:
             raise CheckpointError(f"{file}: damaged, its sha256 is not the manifest's")
 
 
-def prune(root: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints."""
-    for path in sorted(root.glob("step_*"))[:-keep]:
+def prune(root: Path, step: int, keep: int) -> None:
+    """Keep the checkpoint of `step` and the newest before it, `keep` in all.
+
+    Later ones go too: the run was continued from before them because they were damaged.
+    """
+    up_to_now = [path for path in sorted(root.glob("step_*")) if path.name <= _name(step)]
+    for path in set(root.glob("step_*")) - set(up_to_now[-keep:]):
         shutil.rmtree(path)
 
 

@@ -10,7 +10,7 @@ import typer
 
 app = typer.Typer(
     name="vqhit",
-    help="Image tokenizers built on HiT: train, evaluate, reconstruct.",
+    help="Image tokenizers built on HiT: train, evaluate, reconstruct. Set VQHIT_TRACEBACK=1 to see an error's origin.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -26,8 +26,9 @@ def main() -> None:
     """Run the command; an error that the user can mend is one line on standard error and exit code 2."""
     try:
         app()
-    except (ValueError, OSError) as error:
-        if os.environ.get("VQHIT_TRACEBACK"):
+    except (ValueError, OSError, RuntimeError) as error:
+        out_of_memory = "memory" in str(error)  # torch: on the CPU a bare RuntimeError, on CUDA a class of its own
+        if os.environ.get("VQHIT_TRACEBACK") or (isinstance(error, RuntimeError) and not out_of_memory):
             raise
         print(f"vqhit: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
@@ -104,21 +105,25 @@ def evaluate(
 
     Example: vqhit eval --model runs/mine/model --data /data/imagenet/val --limit 1000
     """
+    from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from vqhit.evaluate import evaluate_tokenizer
     from vqhit.hub import write_atomic
     from vqhit.models import VQHiT
 
+    if out.is_dir():
+        raise ValueError(f"{out}: a folder; --out is the JSON file to write")
+    out.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = VQHiT.from_pretrained(model, device=device)
     results = {
         "model": str(model),
         **evaluate_tokenizer(tokenizer, data, batch_size=batch_size, limit=limit, workers=workers),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, (json.dumps(results, indent=2) + "\n").encode())
-    table = Table(title=f"{model} on {results['images']} images of {data}")
+    table = Table(title=Text(f"{model} on {results['images']} images of {data}"), box=box.SIMPLE)
     for column in ("PSNR (dB)", "SSIM", "codes used", "codebook usage", "perplexity", "seconds"):
         table.add_column(column, justify="right")
     table.add_row(
@@ -144,17 +149,24 @@ def reconstruct(
 
     Example: vqhit reconstruct cat.jpg dog.webp --model demo/model --out pictures
     """
-    from vqhit.images import image_grid, pil_to_uint8
+    import torch
+
+    from vqhit.images import image_grid, to_uint8
     from vqhit.models import VQHiT
+    from vqhit.progress import ProgressBar
 
     tokenizer = VQHiT.from_pretrained(model, device=device)
-    names = [photo.stem for photo in photos]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"two photographs would both be written to {out / twice[0]}.png; give them in two calls")
-    prepared = [tokenizer.preprocess(photo) for photo in photos]  # all of them, before anything is written
+    targets = [out / f"{photo.stem}.png" for photo in photos]
+    for target in targets:
+        if targets.count(target) > 1:
+            raise ValueError(f"two photographs would both be written to {target}; give them in two calls")
+        if any(target.resolve() == photo.resolve() for photo in photos):
+            raise ValueError(f"{target}: would overwrite a photograph; choose another --out")
+    originals = [tokenizer.preprocess(photo) for photo in photos]  # all of them, before anything is written
     out.mkdir(parents=True, exist_ok=True)
-    for name, original in zip(names, prepared, strict=True):
-        tokens = tokenizer.encode(original)
-        pictures = tokenizer.postprocess(original) + tokenizer.postprocess(tokenizer.decode(tokens))
-        image_grid([[pil_to_uint8(picture) for picture in pictures]]).save(out / f"{name}.png")
-        print(f"{out / name}.png: original, reconstruction from {tokens.numel()} tokens")
+    with ProgressBar("reconstruct", len(photos)) as bar:
+        for target, original in zip(targets, originals, strict=True):
+            pair = torch.cat([original, tokenizer.reconstruct(original)])
+            image_grid([list(to_uint8(pair))]).save(target)
+            bar.advance(1)
+    print(f"{out}: {len(photos)} pictures, each original beside its reconstruction from {tokenizer.num_tokens} tokens")

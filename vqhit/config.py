@@ -14,10 +14,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 
 Count = Annotated[int, Strict(), Field(ge=1)]
-NonNegativeInt = Annotated[int, Strict(), Field(ge=0)]
-Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+NonNegativeInt = Annotated[int, Strict(), Field(ge=0, lt=2**63)]
 NonNegative = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False)]
+Decay = Annotated[float, Strict(), Field(ge=0, lt=1)]
 Flag = Annotated[bool, Strict()]
 Text = Annotated[str, Strict(), Field(min_length=1)]
 
@@ -40,7 +40,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -50,7 +50,7 @@ class Config(BaseModel):
     def from_dict(cls, values: Mapping[str, Any], source: str = "") -> Self:
         """Build from nested mappings; `source` (a file name, say) opens the text of any `ConfigError`."""
         try:
-            return cls(**{str(key): value for key, value in values.items()})
+            return cls(**values)
         except ConfigError as error:
             raise ConfigError(error.problems, source) from None
 
@@ -107,10 +107,13 @@ class _Loader(yaml.SafeLoader):
     """yaml.SafeLoader that reads 1e-4 as a number (YAML 1.2) and refuses a key written twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        line = node.start_mark.line + 1
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         for key in keys:
+            if not isinstance(key, str):
+                raise ConfigError(f"key {key!r} (line {line} and below) is no text; put it in quotes")
             if keys.count(key) > 1:
-                raise ConfigError(f"key {key!r} is given twice (line {node.start_mark.line + 1} and below)")
+                raise ConfigError(f"key {key!r} is given twice (line {line} and below)")
         return super().construct_mapping(node, deep)
 
 

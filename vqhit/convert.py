@@ -9,8 +9,8 @@ from torch import Tensor
 
 # Canonical name of the official HiT-GAN generator -> ours, first match wins. Digits stand for themselves.
 _HIT_GAN_RENAMES = [
-    (r"dense_layer\.(.+)", r"stem.feature_map.\1"),
-    (r"embedding_layer\.dense\.(.+)", r"stem.token_projection.\1"),
+    (r"dense_layer\.(kernel|bias)", r"stem.feature_map.\1"),
+    (r"embedding_layer\.dense\.(kernel|bias)", r"stem.token_projection.\1"),
     (r"embedding_layer\.position", r"stem.tokens.position_embedding"),
     (r"embedding_layer\.norm\.(.+)", r"stem.tokens.norm.\1"),
     (r"position_embeddings\.(\d+)", r"backbone.stages.\1.position_embedding"),
@@ -18,7 +18,7 @@ _HIT_GAN_RENAMES = [
     (r"blocks\.(\d+)\.(?:self|mlp)\.(\d+)\.(.+)", r"backbone.stages.\1.blocks.\2.\3"),
     (r"to_rgb\.(\d+)\.norm\.(.+)", r"backbone.stages.\1.to_rgb.norm.\2"),
     (r"to_rgb\.(\d+)\.dense\.(.+)", r"backbone.stages.\1.to_rgb.linear.\2"),
-    (r"upsamplings\.(\d+)\.dense\.(.+)", r"backbone.upsamplings.\1.\2"),
+    (r"upsamplings\.(\d+)\.dense\.(kernel|bias)", r"backbone.upsamplings.\1.\2"),
 ]
 _HIT_GAN_LEAVES = {
     "kernel": "weight",
@@ -39,7 +39,7 @@ def hit_gan_generator(variables: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
     state = {}
     for name, array in variables.items():
         ours = _rename(name)
-        state[ours] = torch.from_numpy(np.ascontiguousarray(_transpose(name, array)))
+        state[ours] = torch.tensor(np.ascontiguousarray(_transpose(name, array)))
         if ours.endswith(".running_mean"):  # torch's own counter; unused with a fixed momentum
             state[ours.removesuffix("running_mean") + "num_batches_tracked"] = torch.tensor(0)
     return state

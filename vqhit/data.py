@@ -65,7 +65,7 @@ def list_images(folder: Path | str) -> list[Path]:
             continue
         seen.add(real)
         with os.scandir(directory) as entries:
-            for entry in entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
                 if entry.is_dir():
                     pending.append(entry.path)
                 elif os.path.splitext(entry.name)[1].lower() in images.SUFFIXES:  # noqa: PTH122  (a million files)
@@ -84,8 +84,18 @@ class TrainingCrops(Dataset[Tensor]):
 
     def __init__(self, paths: list[Path], config: DataConfig, size: int, seed: int) -> None:
         self.paths, self.config, self.size, self.seed = paths, config, size, seed
-        self._load = functools.lru_cache(maxsize=config.cache_images)(images.load_image)
+        self._start_caches()
+
+    def _start_caches(self) -> None:
+        self._load = functools.lru_cache(maxsize=self.config.cache_images)(images.load_image)
         self._order = functools.lru_cache(maxsize=2)(self._epoch_order)
+
+    def __getstate__(self) -> dict[str, Any]:  # a loader process starts its own caches
+        return {name: value for name, value in self.__dict__.items() if name not in ("_load", "_order")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._start_caches()
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.paths))
@@ -113,16 +123,18 @@ def training_batches(
     dataset: TrainingCrops, batch_size: int, first_step: int, last_step: int, workers: int
 ) -> Iterator[Tensor]:
     """Batches of steps first_step .. last_step - 1, each (B, 3, S, S) uint8."""
-    samples = range(first_step * batch_size, last_step * batch_size)
-    return iter(
-        DataLoader(
-            dataset,
-            batch_size=batch_size,
-            sampler=samples,
-            num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
-        )
+    return load_batches(dataset, range(first_step * batch_size, last_step * batch_size), batch_size, workers)
+
+
+def load_batches(dataset: Dataset[Tensor], order: range, batch_size: int, workers: int) -> Iterator[Tensor]:
+    """Batches (B, 3, S, S) uint8 of the samples in `order`; raises `ImageError` naming a file that is no image."""
+    loader = DataLoader(
+        dataset, batch_size=batch_size, sampler=order, num_workers=workers, pin_memory=torch.cuda.is_available()
     )
+    try:
+        yield from loader
+    except images.ImageError as error:  # from a worker its text is a whole traceback, the cause last
+        raise images.ImageError(str(error).strip().splitlines()[-1].split("ImageError: ")[-1]) from None
 
 
 class CenterCrops(Dataset[Tensor]):

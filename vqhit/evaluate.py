@@ -1,17 +1,15 @@
 """Reconstruction quality: PSNR, SSIM, codebook usage and perplexity, with the protocol beside the numbers."""
 
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from vqhit import __version__
-from vqhit.data import CenterCrops, list_images
+from vqhit.data import CenterCrops, list_images, load_batches
 from vqhit.images import from_uint8, to_uint8
 from vqhit.models import VQHiT
 from vqhit.progress import ProgressBar
@@ -95,11 +93,9 @@ def evaluate_tokenizer(
         paths = [paths[index * len(paths) // limit] for index in range(limit)]
     started = time.perf_counter()
     measured = Reconstruction(model)
-    loader: Iterable[Tensor] = DataLoader(
-        CenterCrops(paths, model.config.image_size), batch_size=batch_size, num_workers=workers
-    )
+    crops = CenterCrops(paths, model.config.image_size)
     with ProgressBar("eval", -(-len(paths) // batch_size)) as bar:
-        for originals in loader:
+        for originals in load_batches(crops, range(len(paths)), batch_size, workers):
             measured.update(originals)
             bar.advance(len(originals))
     return {

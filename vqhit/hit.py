@@ -40,6 +40,7 @@ _PRESETS: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = 
     "hit-b-128": ((512, 512, 256, 128, 128), (2, 2, 2, 2, 2), (4, 4, 8, 8)),
     "hit-l-128": ((1024, 512, 256, 128, 128), (2, 2, 2, 2, 2), (4, 4, 8, 8)),
 }
+_MAX_STAGES = 10  # 4096 px
 _HEADS = (16, 8, 4, 4, 4, 4, 4, 4)
 
 
@@ -59,6 +60,8 @@ class HiTConfig(Config):
     @model_validator(mode="after")
     def _check(self) -> Self:
         stages = len(self.widths)
+        if stages > _MAX_STAGES:
+            raise ValueError(f"{stages} stages make images of {self.resolution} px; allowed: {_MAX_STAGES} stages")
         for name in ("depths", "heads"):
             if (found := len(getattr(self, name))) != stages:
                 raise ValueError(f"{name} has {found} entries and widths has {stages}; one each per stage")

@@ -94,7 +94,10 @@ def select_device(name: torch.device | str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+        if device.type == "meta":
+            raise RuntimeError("it holds no data")
+        return device
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {str(name)!r} cannot be used here ({str(error).splitlines()[0]})") from None
 

@@ -3,12 +3,13 @@
 uint8 images are (3, H, W) or (B, 3, H, W); float images lie in [-1, 1].
 """
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
@@ -26,19 +27,23 @@ def load_image(path: Path | str) -> Image.Image:
     PIL's size limit (a decompression bomb) included.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            return to_rgb(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # large pictures, odd metadata: the pixels decide
+            with Image.open(path, formats=FORMATS) as image:
+                return to_rgb(image)
     except FileNotFoundError:
         raise ImageError(f"{path}: no such file") from None
     except UnidentifiedImageError:
         raise ImageError(f"{path}: not an image in a format that is read ({', '.join(FORMATS)})") from None
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except Exception as error:  # PIL's decoders raise almost any type on a damaged file
         raise ImageError(f"{path}: the image cannot be decoded ({' '.join(str(error).split())})") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL mode -> RGB: EXIF rotation applied, transparency laid over white, 16-bit grey scaled to 8."""
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    if (turn := _EXIF_TURNS.get(_orientation(image))) is not None:
+        image = image.transpose(turn)
     if image.mode in ("I", "I;16", "I;16L", "I;16B", "I;16N"):
         image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
@@ -46,6 +51,27 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+# EXIF orientation -> what turns the stored picture upright; 1 is upright.
+_EXIF_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1 to 8; 1 where there is none or where the EXIF block is damaged, which loses no pixels."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # a damaged block raises almost any type
+        return 1
+    return value if isinstance(value, int) else 1
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -88,7 +114,12 @@ def from_uint8(images: Tensor) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Float in [-1, 1] -> uint8 0..255, clamped and rounded (never truncated); the inverse of `from_uint8`."""
+    """Float in [-1, 1] -> uint8 0..255, clamped and rounded (never truncated); the inverse of `from_uint8`.
+
+    Raises `ValueError` if the images are not floating point.
+    """
+    if not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}; allowed: floating point in [-1, 1]")
     return ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 

@@ -53,6 +53,7 @@ class BatchNorm(nn.BatchNorm1d):
     """Batch normalisation of the last axis over all others: (..., C) -> (..., C).
 
     Keras' epsilon 1e-3 and momentum 0.99 (torch counts the other way: 0.01). The running variance is the unbiased one.
+    Departure: the paper says layer norm (appendix A.1); the official code and its results have batch norm.
     """
 
     def __init__(self, channels: int) -> None:
@@ -74,12 +75,14 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # torch: a plain average over all batches
-    model.train()
-    for batch in batches:
-        model(batch)
-    model.train(training)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    try:
+        model.train()
+        for batch in batches:
+            model(batch)
+    finally:
+        model.train(training)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:

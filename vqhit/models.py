@@ -31,6 +31,12 @@ class VQHiTConfig(Config):
     @model_validator(mode="after")
     def _check(self) -> Self:
         grid, image_size = self.token_grid[0], self.image_size
+        levels = [image_size >> level for level in range(len(self.encoder.channel_multipliers))]
+        if unknown := set(self.encoder.attention_resolutions) - set(levels):
+            raise ValueError(
+                f"encoder.attention_resolutions {sorted(unknown)}: the encoder's maps at {image_size} px are "
+                f"{', '.join(map(str, levels))} px"
+            )
         if grid < FIRST_SIZE:
             raise ValueError(
                 f"the encoder turns {image_size} px into a {grid}x{grid} token grid; HiT needs at least "
@@ -176,6 +182,9 @@ class VQHiT(Pretrained):
         Raises `ImageError` (a `ValueError`) naming a file that is no image.
         """
         many = [photos] if isinstance(photos, Image.Image | Path | str) else list(photos)
+        for photo in many:
+            if not isinstance(photo, Image.Image | Path | str):
+                raise ValueError(f"found a {type(photo).__name__}; a photograph is a PIL image or a path")
         pil = [image_files.to_rgb(p) if isinstance(p, Image.Image) else image_files.load_image(p) for p in many]
         if not pil:
             raise ValueError("no photographs given")
@@ -183,15 +192,16 @@ class VQHiT(Pretrained):
         return image_files.from_uint8(torch.stack(crops)).to(self.quant_conv.weight)
 
     def postprocess(self, images: Tensor) -> list[Image.Image]:
-        """(B, 3, H, W) in [-1, 1] to PIL images, rounded to 8 bits."""
+        """(B, 3, H, W) floats in [-1, 1] to PIL images, rounded to 8 bits; raises `ValueError` for anything else."""
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images are {tuple(images.shape)}; allowed: (B, 3, H, W)")
         return [image_files.uint8_to_pil(image) for image in image_files.to_uint8(images)]
 
     def _check_images(self, images: Tensor) -> None:
         size = self.config.image_size
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
             raise ValueError(f"images are {tuple(images.shape)}; this model takes (B, 3, {size}, {size})")
-        if not images.is_floating_point():
-            raise ValueError(f"images are {images.dtype}; allowed: floating point in [-1, 1]")
+        self._check_dtype("images", images)
 
     def _check_latents(self, latents: Tensor) -> None:
         expected = (self.config.quantizer.dim, *self.token_grid)
@@ -199,6 +209,15 @@ class VQHiT(Pretrained):
             raise ValueError(
                 f"latents are {tuple(latents.shape)}; this model takes (B, {', '.join(map(str, expected))})"
             )
+
+        self._check_dtype("latents", latents)
+
+    def _check_dtype(self, name: str, tensor: Tensor) -> None:
+        expected = self.quant_conv.weight.dtype
+        if tensor.dtype == expected:
+            return
+        if not (tensor.is_floating_point() and torch.is_autocast_enabled(tensor.device.type)):
+            raise ValueError(f"{name} are {tensor.dtype}; this model's weights are {expected}, and so must they be")
 
     def _checked_tokens(self, tokens: Tensor) -> Tensor:
         height, width = self.token_grid

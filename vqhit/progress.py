@@ -13,11 +13,11 @@ _PLAIN_LINE_EVERY_S = 15.0
 class ProgressBar:
     """Shows how far a loop is, its speed, the time left and any numbers given to `advance`.
 
-    `total` and `done` count loop iterations; `rate_unit` names what `advance(amount=...)` counts for the speed.
+    `total` and `done` count loop iterations; the speed counts images.
     """
 
-    def __init__(self, title: str, total: int, *, done: int = 0, rate_unit: str = "images") -> None:
-        self.title, self.total, self.done, self.rate_unit = title, total, done, rate_unit
+    def __init__(self, title: str, total: int, *, done: int = 0) -> None:
+        self.title, self.total, self.done = title, total, done
         self.console = Console()
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -44,17 +44,17 @@ class ProgressBar:
     ) -> None:
         self._bar.stop()
 
-    def advance(self, amount: int, **numbers: float) -> None:
-        """One iteration is done: `amount` (of `rate_unit`) were handled; `numbers` are shown beside the bar."""
+    def advance(self, images: int, **numbers: float) -> None:
+        """One iteration is done, of so many images; `numbers` are shown beside the bar."""
         self.done += 1
-        self._pending += amount
+        self._pending += images
         now = time.perf_counter()
         if (seconds := now - self._last_time) >= 0.5 or self.done == self.total:
             recent = self._pending / max(seconds, 1e-9)
             self.rate = recent if self.rate == 0 else 0.7 * self.rate + 0.3 * recent
             self._pending, self._last_time = 0, now
         parts = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items()]
-        parts += [f"{self.rate:.3g} {self.rate_unit}/s"] if self.rate else []
+        parts += [f"{self.rate:.3g} images/s"] if self.rate else []
         self._bar.update(self._task, advance=1, numbers=", ".join(parts))
         if self._bar.disable and (now - self._last_line >= _PLAIN_LINE_EVERY_S or self.done == self.total):
             self._last_line = now

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vqhit import checkpoint
-from vqhit.config import Config, ConfigError, Count, NonNegative, NonNegativeInt, Positive, Text
+from vqhit.config import Config, ConfigError, Count, Decay, NonNegativeInt, Positive, Text
 from vqhit.data import CenterCrops, DataConfig, TrainingCrops, list_images, training_batches
 from vqhit.hub import select_device, write_atomic
 from vqhit.images import compare_grid, from_uint8, to_uint8
@@ -29,7 +29,7 @@ from vqhit.quantizer import CodebookUsage, DeadCodes
 
 _GRID_IMAGES = 16
 # What may change between the start of a run and its continuation; anything else would make it another run.
-_CHANGEABLE = {"run_dir", "data.path", "data.workers", "data.cache_images"} | {
+_CHANGEABLE = {"run_dir", "device", "data.path", "data.workers", "data.cache_images"} | {
     f"train.{key}" for key in ("log_every", "grid_every", "checkpoint_every", "keep_checkpoints", "max_minutes")
 }
 
@@ -38,8 +38,8 @@ class OptimizerConfig(Config):
     """Adam, with the paper's settings as defaults (appendix A.5)."""
 
     learning_rate: Positive = 1e-4
-    beta1: NonNegative = 0.0
-    beta2: NonNegative = 0.99
+    beta1: Decay = 0.0
+    beta2: Decay = 0.99
     schedule: Literal["constant", "cosine"] = "constant"
     """`cosine` falls to zero over the run's steps."""
     warmup_steps: NonNegativeInt = 0
@@ -137,7 +137,7 @@ class Trainer:
         values = {name: float(term.detach()) for name, term in terms.items()}
         for name, value in values.items():
             if not math.isfinite(value):
-                raise ValueError(f"step {self.step}: the {name} loss is {value}; the last checkpoint is intact")
+                raise ValueError(f"step {self.step}: the {name} loss is {value}; stopped before the update")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -169,8 +169,11 @@ class Trainer:
         """Write the resolved configuration, or check that the run that is already there is this one."""
         self.run_dir.mkdir(parents=True, exist_ok=True)
         path = self.run_dir / "config.yaml"
-        if path.exists():
-            before, now = _flat(yaml.safe_load(path.read_text())), _flat(self.config.to_dict())
+        if path.exists() and any((self.run_dir / "checkpoints").glob("step_*")):
+            there = yaml.safe_load(path.read_text())
+            if not isinstance(there, dict):
+                raise ConfigError("damaged: it holds no configuration; copy the run's back", str(path))
+            before, now = _flat(there), _flat(self.config.to_dict())
             changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
             if changed := [key for key in changed if key not in _CHANGEABLE]:
                 differences = ", ".join(f"{key}: {before.get(key)} there, {now.get(key)} now" for key in changed[:3])
@@ -188,8 +191,7 @@ class Trainer:
             self.dead_codes.unused_steps = state["unused_steps"]
         metrics = self.run_dir / "metrics.jsonl"
         if metrics.exists():  # drop what came after the checkpoint: those steps are trained again
-            *lines, _cut_off = metrics.read_text().split("\n")
-            kept = [line for line in lines if json.loads(line)["step"] <= self.step]
+            kept = [line for line in metrics.read_text().splitlines() if _step_of(line) <= self.step]
             write_atomic(metrics, "".join(line + "\n" for line in kept).encode())
 
     def _settle_batch_norm(self) -> None:
@@ -210,7 +212,7 @@ class Trainer:
                 "unused_steps": self.dead_codes.unused_steps,
             }
             save_file(state, folder / "state.safetensors")
-        checkpoint.prune(root, self.config.train.keep_checkpoints)
+        checkpoint.prune(root, self.step, self.config.train.keep_checkpoints)
 
     def _log(self, losses: dict[str, float], images_per_s: float) -> None:
         if self.step % self.config.train.log_every and self.step != self.config.train.steps:
@@ -245,6 +247,14 @@ class Trainer:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _step_of(metrics_line: str) -> float:
+    """Step of a line of metrics.jsonl; infinite for one that a kill cut off."""
+    try:
+        return float(json.loads(metrics_line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
