@@ -5,6 +5,8 @@ import re
 import pytest
 import torch
 from PIL import Image
+from taming.modules.diffusionmodules import model as taming
+from torch.utils.flop_counter import FlopCounterMode
 
 from vqhit import HiTGenerator, HiTGeneratorConfig, ImageError, VQHiT, VQHiTConfig
 from vqhit.config import ConfigError
@@ -257,3 +259,25 @@ def test_the_stem_skip_needs_the_second_stages_grid(tiny_config):
         ConfigError, match=r"stem\.skip needs a token grid of 16x16, the second stage's map; this one is 8x8"
     ):
         VQHiTConfig(**{**dict(tiny_config), "stem": StemConfig(skip=True)})
+
+
+def test_decoding_takes_about_a_tenth_of_vqgans_arithmetic():
+    """GFLOPs of one image of 256 px, two per multiply-add; the README quotes them."""
+    with torch.device("meta"), torch.no_grad():
+        model = VQHiT(VQHiTConfig.preset("vqhit-b-256")).eval()
+        theirs = taming.Decoder(
+            ch=128,
+            out_ch=3,
+            ch_mult=(1, 1, 2, 2, 4),
+            num_res_blocks=2,
+            attn_resolutions=(16,),
+            in_channels=3,
+            resolution=256,
+            z_channels=256,
+        ).eval()
+        gflops = []
+        for decode in (model.decode_latents, theirs):
+            with FlopCounterMode(display=False) as counter:
+                decode(torch.empty(1, 256, 16, 16))
+            gflops.append(counter.get_total_flops() / 1e9)
+    assert gflops == pytest.approx([26.8, 252.7], abs=0.05)
