@@ -172,7 +172,7 @@ class Trainer:
         if path.exists() and any((self.run_dir / "checkpoints").glob("step_*")):
             there = yaml.safe_load(path.read_text())
             if not isinstance(there, dict):
-                raise ConfigError("damaged: it holds no configuration; copy the run's back", str(path))
+                raise ConfigError("damaged: it holds no configuration; put the run's own back", str(path))
             before, now = _flat(there), _flat(self.config.to_dict())
             changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
             if changed := [key for key in changed if key not in _CHANGEABLE]:
