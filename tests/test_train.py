@@ -106,6 +106,19 @@ def test_only_the_asked_number_of_checkpoints_is_kept(make_config):
     assert names == ["step_000000005", "step_000000006"]
 
 
+@pytest.mark.parametrize("content", ["", "run_dir: [", "- a list"])
+def test_a_damaged_configuration_of_a_run_is_named(make_config, content):
+    config = make_config(max_minutes=1e-6)
+    Trainer(config).run()
+    (Path(config.run_dir) / "config.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=r"config\.yaml: damaged"):
+        Trainer(config)
+
+
+def test_the_largest_seed_works(make_config):
+    assert Trainer(make_config(seed=2**63 - 1, steps=1, restart_codes_after=1)).run() is not None
+
+
 def test_a_start_that_failed_does_not_claim_the_folder(make_config):
     Trainer(make_config())  # nothing was trained or saved
     assert Trainer(make_config(batch_size=2)).config.train.batch_size == 2

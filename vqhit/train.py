@@ -149,7 +149,7 @@ class Trainer:
 
     def _restart_codes(self, output: VQHiTOutput) -> None:
         codebook = self.model.quantizer.codebook
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
+        generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.step) % 2**63)
         moved = self.dead_codes.restart(codebook, output.latents, output.tokens, generator).to(self.device)
         for average in ("exp_avg", "exp_avg_sq"):  # a moved code has no past
             self.optimizer.state[codebook][average][moved] = 0
@@ -170,7 +170,10 @@ class Trainer:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         path = self.run_dir / "config.yaml"
         if path.exists() and any((self.run_dir / "checkpoints").glob("step_*")):
-            there = yaml.safe_load(path.read_text())
+            try:
+                there = yaml.safe_load(path.read_text())
+            except yaml.YAMLError:
+                there = None
             if not isinstance(there, dict):
                 raise ConfigError("damaged: it holds no configuration; put the run's own back", str(path))
             before, now = _flat(there), _flat(self.config.to_dict())
