@@ -1,6 +1,7 @@
 """The demo, shortened: its files, its numbers, its baselines; run again, it reuses what is there."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -62,6 +63,16 @@ def test_a_short_demo_writes_its_results_and_reuses_them(tmp_path, capsys):
     for heading in ("per image", "per pixel", "PSNR", "SSIM", "codes used", "seconds", "mean colour"):
         assert heading in table
     assert "…" not in table
+
+
+def test_a_demo_killed_while_it_copies_leaves_no_half_photograph(tmp_path, monkeypatch):
+    def fail(self, target):
+        raise OSError("killed")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="killed"):
+        run_demo(demo_config(tmp_path, []), tmp_path)
+    assert list((tmp_path / "photos" / "train").iterdir()) == []
 
 
 def test_a_minute_of_training_is_already_far_above_the_mean_colour(tmp_path):

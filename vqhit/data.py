@@ -33,6 +33,9 @@ def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
     return pair
 
 
+CropProportion = Annotated[tuple[Share, Share], BeforeValidator(_both_ends), AfterValidator(_ascending)]
+
+
 class DataConfig(Config):
     """Training images: a folder, searched with all its subfolders.
 
@@ -41,10 +44,7 @@ class DataConfig(Config):
     """
 
     path: Text
-    crop_proportion: Annotated[tuple[Share, Share], BeforeValidator(_both_ends), AfterValidator(_ascending)] = (
-        0.875,
-        0.875,
-    )
+    crop_proportion: CropProportion = (0.875, 0.875)
     flip: Flag = True
     workers: NonNegativeInt = 0
     """Loader processes; 0 loads in the training process."""

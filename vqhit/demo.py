@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import math
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -174,4 +173,4 @@ def _copy_photos(names: tuple[str, ...], folder: Path) -> None:
         if not source.is_file():
             raise ValueError(f"{source}: missing; the demo needs a scikit-image that ships this photograph (0.22 does)")
         if not (folder / name).exists():
-            shutil.copyfile(source, folder / name)
+            write_atomic(folder / name, source.read_bytes())

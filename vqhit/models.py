@@ -132,8 +132,8 @@ class VQHiT(Pretrained):
         """Image to tokens: (B, 3, H, W) float in [-1, 1] -> (B, H/f, W/f) int64.
 
         `micro_batch` is how many images are encoded at a time: it bounds memory, and with 1 an image's tokens do not
-        depend on the batch it comes in. By default that is 1 on the CPU, where it costs nothing, elsewhere all. Raises
-        `ValueError` for a wrong shape, size, dtype or range of values.
+        depend on the batch it comes in. By default that is 1 on the CPU, where it costs no time at 256 px and a
+        little at 64, and all of them elsewhere. Raises `ValueError` for a wrong shape, size, dtype or range of values.
         """
         self._check_images(images)
         low, high = (float(bound) for bound in images.aminmax()) if images.numel() else (0.0, 0.0)
