@@ -1,5 +1,7 @@
 """Small models and small pictures."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from vqhit.models import VQHiT, VQHiTConfig
 from vqhit.quantizer import QuantizerConfig
 from vqhit.vqgan import EncoderConfig
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 @pytest.fixture(scope="session")

@@ -11,11 +11,12 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "vqhit"
 FLOORS = [
-    {"config"},
-    {"images", "layers", "losses", "checkpoint", "progress"},
-    {"vqgan", "quantizer", "hit", "hub", "data"},
+    {"config", "files"},
+    {"images", "layers", "losses", "augment", "checkpoint", "progress", "ema", "optimizer", "perceptual", "runs"},
+    {"vqgan", "quantizer", "hit", "hub", "data", "discriminator"},
     {"models"},
-    {"train", "evaluate", "convert"},
+    {"evaluate", "convert", "objective"},
+    {"train"},
     {"demo"},
     {"cli"},
     {"__main__"},

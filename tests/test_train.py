@@ -1,7 +1,6 @@
 """A run: what one step does, what it writes, and that the same command continues it."""
 
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -96,7 +95,7 @@ def test_moved_codes_lose_their_averages(make_config):
     trainer.train_step(images)
     moved = (codebook.detach() - before).abs().amax(1) > 2e-3  # further than one step of Adam
     assert moved.any()
-    assert not trainer.optimizer.state[codebook]["exp_avg_sq"][moved].any()
+    assert not trainer.optimizers["model"].adam.state[codebook]["exp_avg_sq"][moved].any()
 
 
 def test_only_the_asked_number_of_checkpoints_is_kept(make_config):
@@ -211,18 +210,10 @@ def test_a_time_limit_stops_with_a_checkpoint(make_config):
 def test_a_loss_that_is_not_finite_stops_before_the_step(make_config):
     trainer = Trainer(make_config())
     before = {name: tensor.clone() for name, tensor in trainer.model.named_parameters()}
-    with pytest.raises(ValueError, match="step 0: the reconstruction loss is nan"):
+    with pytest.raises(ValueError, match="step 0: reconstruction is nan; stopped before the update"):
         trainer.train_step(torch.full((2, 3, 16, 16), float("nan")))
     for name, tensor in trainer.model.named_parameters():
         assert torch.equal(tensor, before[name]), name
-
-
-def test_learning_rate_schedules(make_config):
-    constant = Trainer(make_config(warmup_steps=2))
-    assert [constant.learning_rate(step) for step in range(4)] == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3])
-    cosine = Trainer(make_config(schedule="cosine", warmup_steps=2, run_dir=constant.config.run_dir + "2"))
-    expected = [5e-4, 1e-3, *(1e-3 * 0.5 * (1 + math.cos(math.pi * done / 4)) for done in range(4))]
-    assert [cosine.learning_rate(step) for step in range(6)] == pytest.approx(expected)
 
 
 def test_batch_norm_statistics_are_those_of_the_present_weights():

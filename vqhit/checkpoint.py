@@ -4,7 +4,6 @@ A checkpoint is written under a temporary name, its files are flushed, a manifes
 directory is renamed into place. One that does not match its manifest is passed over.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -12,6 +11,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from vqhit.files import flush, sha256
 
 MANIFEST = "manifest.json"
 
@@ -31,14 +32,14 @@ def writing(root: Path, step: int) -> Iterator[Path]:
     try:
         yield temporary
         files = sorted(path for path in temporary.iterdir())
-        manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+        manifest = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
         (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": manifest}, indent=2) + "\n")
         for path in [*files, temporary / MANIFEST, temporary]:
-            _flush(path)
+            flush(path)
         if final.exists():  # a damaged one that was passed over on resuming
             shutil.rmtree(final)
         temporary.rename(final)
-        _flush(root)
+        flush(root)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -71,12 +72,12 @@ def verify(path: Path) -> None:
         raise CheckpointError(f"{path}: no {MANIFEST}, so not a complete checkpoint") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{path / MANIFEST}: damaged") from None
-    for file, bytes_written, sha256 in expected:
+    for file, bytes_written, expected_sha256 in expected:
         if not file.is_file():
             raise CheckpointError(f"{file}: missing")
         if (size := file.stat().st_size) != bytes_written:
             raise CheckpointError(f"{file}: damaged, {size} bytes where the manifest says {bytes_written}")
-        if _sha256(file) != sha256:
+        if sha256(file) != expected_sha256:
             raise CheckpointError(f"{file}: damaged, its sha256 is not the manifest's")
 
 
@@ -92,16 +93,3 @@ def prune(root: Path, step: int, keep: int) -> None:
 
 def _name(step: int) -> str:
     return f"step_{step:09d}"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

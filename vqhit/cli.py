@@ -84,7 +84,7 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
 
     trainer = Trainer(RunConfig.from_yaml(config, overrides or []))
     if trainer.step:
-        print(f"continuing {trainer.run_dir} at step {trainer.step}")
+        print(f"continuing {trainer.folder.path} at step {trainer.step}")
     folder = trainer.run()
     print(f"{folder}: the trained model" if folder else f"stopped at step {trainer.step}; the same command continues")
 
@@ -111,7 +111,7 @@ def evaluate(
     from rich.text import Text
 
     from vqhit.evaluate import evaluate_tokenizer
-    from vqhit.hub import write_atomic
+    from vqhit.files import write_atomic
     from vqhit.models import VQHiT
 
     if out.is_dir():

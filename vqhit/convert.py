@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 # Canonical name of the official HiT-GAN generator -> ours, first match wins. Digits stand for themselves.
@@ -27,6 +28,9 @@ _HIT_GAN_LEAVES = {
     "moving_mean": "running_mean",
     "moving_variance": "running_var",
 }
+_DISCRIMINATOR_NAME = re.compile(
+    r"(from_rgb|blocks\.\d+\.conv[01]|final\.(conv|dense[01]))\.(kernel|bias)|blocks\.\d+\.skip\.kernel"
+)
 
 
 def hit_gan_generator(variables: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
@@ -42,6 +46,26 @@ def hit_gan_generator(variables: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
         state[ours] = torch.tensor(np.ascontiguousarray(_transpose(name, array)))
         if ours.endswith(".running_mean"):  # torch's own counter; unused with a fixed momentum
             state[ours.removesuffix("running_mean") + "num_batches_tracked"] = torch.tensor(0)
+    return state
+
+
+def hit_gan_discriminator(variables: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """Map the variables of an official HiT-GAN discriminator to the state dict of `Discriminator`, any size.
+
+    Keys are canonical names (`from_rgb.kernel`, `blocks.0.skip.kernel`, `final.dense0.bias`, ...), values are arrays in
+    TensorFlow's layout: convolution [height, width, in, out], dense [in, out], the first one's inputs in the order
+    height, width, channel. Load the result with `strict=True`. Raises `ValueError` for an unknown name.
+    """
+    state = {}
+    for name, array in variables.items():
+        if not _DISCRIMINATOR_NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no variable of a HiT-GAN discriminator")
+        if name == "final.dense0.kernel":  # our inputs are in the order channel, height, width
+            array = rearrange(array, "(h w c) out -> out (c h w)", h=4, w=4)
+        elif name.endswith(".kernel"):
+            array = np.moveaxis(array, (-1, -2), (0, 1))
+        head, _, leaf = name.replace(".dense0.", ".fc1.").replace(".dense1.", ".fc2.").rpartition(".")
+        state[f"{head}.{_HIT_GAN_LEAVES.get(leaf, leaf)}"] = torch.tensor(np.ascontiguousarray(array))
     return state
 
 

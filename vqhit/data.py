@@ -44,6 +44,8 @@ class DataConfig(Config):
     """
 
     path: Text
+    validation_path: Text | None = None
+    """Images to evaluate on while training."""
     crop_proportion: CropProportion = (0.875, 0.875)
     flip: Flag = True
     workers: NonNegativeInt = 0

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vqhit.checkpoint import newest
 from vqhit.evaluate import Reconstruction, psnr, ssim
-from vqhit.hub import write_atomic
+from vqhit.files import write_atomic
 from vqhit.images import compare_grid, crop_box, from_uint8, load_image, pil_to_uint8, to_uint8
 from vqhit.models import VQHiT
 from vqhit.train import RunConfig, Trainer
@@ -64,7 +64,7 @@ def run_demo(config: RunConfig, out: Path) -> dict[str, Any]:
     trained = time.perf_counter()
     if trainer.step < config.train.steps:
         print(f"out of time at step {trainer.step} of {config.train.steps}; the same command trains the rest")
-    folder = newest(trainer.run_dir / "checkpoints")
+    folder = newest(trainer.folder.checkpoints)
     assert folder is not None  # the trainer ends with a checkpoint
     model = VQHiT.from_pretrained(folder)
     model.save_pretrained(out / "model")

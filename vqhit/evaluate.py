@@ -1,6 +1,7 @@
 """Reconstruction quality: PSNR, SSIM, codebook usage and perplexity, with the protocol beside the numbers."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,26 @@ class Reconstruction:
         }
 
 
+def evenly_spaced(paths: list[Path], limit: int | None) -> list[Path]:
+    """Return at most `limit` paths, evenly spaced in the list."""
+    if limit is None or limit >= len(paths):
+        return paths
+    return [paths[index * len(paths) // limit] for index in range(limit)]
+
+
+def measure(
+    model: VQHiT, paths: list[Path], batch_size: int, workers: int, on_batch: Callable[[int], None] | None = None
+) -> Reconstruction:
+    """Reconstruct the center crops of image files and compare; `on_batch` is told how many images each batch had."""
+    measured = Reconstruction(model)
+    crops = CenterCrops(paths, model.config.image_size)
+    for originals in load_batches(crops, range(len(paths)), batch_size, workers):
+        measured.update(originals)
+        if on_batch is not None:
+            on_batch(len(originals))
+    return measured
+
+
 def evaluate_tokenizer(
     model: VQHiT, data: Path | str, *, batch_size: int = 16, limit: int | None = None, workers: int = 0
 ) -> dict[str, Any]:
@@ -88,16 +109,10 @@ def evaluate_tokenizer(
 
     `limit` takes that many images, evenly spaced in the sorted list.
     """
-    paths = list_images(data)
-    if limit is not None and limit < len(paths):
-        paths = [paths[index * len(paths) // limit] for index in range(limit)]
+    paths = evenly_spaced(list_images(data), limit)
     started = time.perf_counter()
-    measured = Reconstruction(model)
-    crops = CenterCrops(paths, model.config.image_size)
     with ProgressBar("eval", -(-len(paths) // batch_size)) as bar:
-        for originals in load_batches(crops, range(len(paths)), batch_size, workers):
-            measured.update(originals)
-            bar.advance(len(originals))
+        measured = measure(model, paths, batch_size, workers, bar.advance)
     return {
         **measured.result(),
         "codebook_size": model.codebook_size,

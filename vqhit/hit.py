@@ -161,6 +161,13 @@ class HiTBackbone(nn.Module):
             nn.Identity() if before // 4 == after else Linear(before // 4, after) for before, after in pairwise(widths)
         )
 
+    @property
+    def last_layer(self) -> Linear:
+        """The last stage's layer to RGB, against whose weight VQGAN's adaptive loss weight is taken."""
+        last = self.stages[-1].to_rgb
+        assert isinstance(last, ToRGB)
+        return last.linear
+
     def forward(self, x: Tensor, tokens: Tensor, skip: Tensor | None = None) -> Tensor:
         """`skip` (B, 16, 16, C1), if any, is added to the map that enters the second stage (`stem.skip`)."""
         image: Tensor | None = None

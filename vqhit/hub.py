@@ -5,8 +5,6 @@ key, another class's folder, a newer format.
 """
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -17,6 +15,7 @@ from torch import nn
 
 from vqhit import __version__
 from vqhit.config import Config, ConfigError
+from vqhit.files import write_atomic
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
@@ -100,21 +99,6 @@ def select_device(name: torch.device | str) -> torch.device:
         return device
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {str(name)!r} cannot be used here ({str(error).splitlines()[0]})") from None
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, flush it to disk, then rename it into place."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _read_weights(path: Path, device: torch.device) -> dict[str, torch.Tensor]:

@@ -1,48 +1,45 @@
 """Training: one Trainer, read from top to bottom.
 
-A run is a folder: config.yaml (resolved), metrics.jsonl, grids/*.png, checkpoints/ and, at the end, model/. The same
-command continues it from the newest checkpoint.
+A run is a folder (see `runs.py`). The same command continues it from the newest checkpoint.
 """
 
-import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, Self
 
 import torch
-import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vqhit import checkpoint
-from vqhit.config import Config, ConfigError, Count, Decay, NonNegativeInt, Positive, Text
+from vqhit.config import Config, Count, Flag, NonNegativeInt, Positive, Text
 from vqhit.data import CenterCrops, DataConfig, TrainingCrops, list_images, training_batches
-from vqhit.hub import select_device, write_atomic
-from vqhit.images import compare_grid, from_uint8, to_uint8
+from vqhit.discriminator import Discriminator, DiscriminatorConfig
+from vqhit.ema import EMA, EMAConfig
+from vqhit.evaluate import Reconstruction, evenly_spaced, measure
+from vqhit.hub import select_device
+from vqhit.images import compare_grid, from_uint8
 from vqhit.layers import reestimate_batch_norm
-from vqhit.losses import LossConfig, reconstruction_loss
 from vqhit.models import VQHiT, VQHiTConfig, VQHiTOutput
+from vqhit.objective import LossConfig, TokenizerObjective
+from vqhit.optimizer import Optimizer, OptimizerConfig
+from vqhit.perceptual import perceptual_network
 from vqhit.progress import ProgressBar
 from vqhit.quantizer import CodebookUsage, DeadCodes
+from vqhit.runs import EVALUATIONS, METRICS, RunFolder
 
 _GRID_IMAGES = 16
 # What may change between the start of a run and its continuation; anything else would make it another run.
-_CHANGEABLE = {"run_dir", "device", "data.path", "data.workers", "data.cache_images"} | {
-    f"train.{key}" for key in ("log_every", "grid_every", "checkpoint_every", "keep_checkpoints", "max_minutes")
-}
-
-
-class OptimizerConfig(Config):
-    """Adam, with the paper's settings as defaults (appendix A.5)."""
-
-    learning_rate: Positive = 1e-4
-    beta1: Decay = 0.0
-    beta2: Decay = 0.99
-    schedule: Literal["constant", "cosine"] = "constant"
-    """`cosine` falls to zero over the run's steps."""
-    warmup_steps: NonNegativeInt = 0
+_CHANGEABLE = (
+    {"run_dir", "device", "loss.perceptual_weights"}
+    | {f"data.{key}" for key in ("path", "validation_path", "workers", "cache_images")}
+    | {f"train.{key}_every" for key in ("log", "grid", "evaluate", "checkpoint")}
+    | {"train.evaluate_images", "train.keep_checkpoints", "train.max_minutes"}
+)
 
 
 class TrainConfig(Config):
@@ -50,8 +47,17 @@ class TrainConfig(Config):
 
     steps: Count
     batch_size: Count
+    gradient_accumulation: Count = 1
+    """Parts of a batch that pass through the networks one after the other, to bound memory."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 runs the autoencoder and the perceptual network under autocast; all else stays float32."""
+    compile: Flag = False
+    """`torch.compile` the encoder, the decoder and the perceptual network (not D: R1 needs a second derivative)."""
     log_every: Count = 50
     grid_every: NonNegativeInt = 1000
+    evaluate_every: NonNegativeInt = 0
+    """Measure PSNR, SSIM and codebook usage on `data.validation_path`."""
+    evaluate_images: Count = 1000
     checkpoint_every: NonNegativeInt = 1000
     keep_checkpoints: Count = 3
     restart_codes_after: NonNegativeInt = 0
@@ -70,10 +76,34 @@ class RunConfig(Config):
     device: Text = "auto"
     """`auto` is CUDA if there is a device, else the CPU."""
     model: VQHiTConfig
+    discriminator: DiscriminatorConfig | None = None
+    """Needed for an adversarial term; its resolution is the model's."""
     data: DataConfig
     loss: LossConfig = Field(default_factory=LossConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    discriminator_optimizer: OptimizerConfig | None = None
+    """By default the same as `optimizer`."""
+    ema: EMAConfig = Field(default_factory=lambda: EMAConfig(decay=0.0))
+    """Off by default. With an average, it is what is evaluated and saved as the model."""
     train: TrainConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.loss.adversarial and self.discriminator is None:
+            raise ValueError("loss.adversarial needs a discriminator: give its sizes under `discriminator`")
+        if self.discriminator is not None and self.discriminator.resolution != self.model.image_size:
+            raise ValueError(
+                f"discriminator.resolution {self.discriminator.resolution}: the model's images are "
+                f"{self.model.image_size} px"
+            )
+        if self.train.batch_size % self.train.gradient_accumulation:
+            raise ValueError(
+                f"train.gradient_accumulation {self.train.gradient_accumulation} does not divide the batch of "
+                f"{self.train.batch_size}"
+            )
+        if self.train.evaluate_every and self.data.validation_path is None:
+            raise ValueError("train.evaluate_every needs data.validation_path: a folder of images")
+        return self
 
 
 class Trainer:
@@ -81,22 +111,43 @@ class Trainer:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.run_dir = Path(config.run_dir)
+        self.folder = RunFolder(config.run_dir)
         self.device = select_device(config.device)
         self.paths = list_images(config.data.path)
+        loss, train = config.loss, config.train
+        perceptual = None
+        if loss.perceptual:
+            perceptual = perceptual_network(loss.perceptual_network, loss.perceptual_weights, loss.perceptual_features)
+            perceptual = perceptual.to(self.device)
         torch.manual_seed(config.seed)
         self.model = VQHiT(config.model).to(self.device).train()
-        self.optimizer = torch.optim.Adam(
-            self.model.parameters(),
-            lr=config.optimizer.learning_rate,
-            betas=(config.optimizer.beta1, config.optimizer.beta2),
-        )
+        self.optimizers = {"model": Optimizer(self.model, config.optimizer, train.steps)}
+        self.discriminator: Discriminator | None = None
+        if loss.adversarial and config.discriminator is not None:
+            self.discriminator = Discriminator(config.discriminator).to(self.device)
+            settings = config.discriminator_optimizer or config.optimizer
+            self.optimizers["discriminator"] = Optimizer(self.discriminator, settings, train.steps)
+        self.ema = EMA(self.model, config.ema) if config.ema.decay else None
+        if train.compile:  # after the average's copy, which is not compiled
+            self.model.encoder.compile()
+            self.model.stem.compile()
+            self.model.backbone.compile()
+            if perceptual is not None:
+                perceptual.compile()
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=train.precision == "bfloat16")
+        self.objective = TokenizerObjective(loss, self.model, self.discriminator, perceptual, autocast)
         self.crops = TrainingCrops(self.paths, config.data, config.model.image_size, config.seed)
         self.usage = CodebookUsage(self.model.codebook_size)
-        self.dead_codes = DeadCodes(self.model.codebook_size, config.train.restart_codes_after)
+        self.dead_codes = DeadCodes(self.model.codebook_size, train.restart_codes_after)
         self.step = 0
-        self._claim_run_dir()
+        self.r1 = math.nan
+        self.folder.claim(config, _CHANGEABLE)
         self._resume()
+
+    @property
+    def evaluated_model(self) -> VQHiT:
+        """The model that is evaluated and saved: the average if there is one."""
+        return self.model if self.ema is None else self.ema.model
 
     def run(self) -> Path | None:
         """Train to the last step and return the model's folder; None if `train.max_minutes` ended the run first."""
@@ -104,134 +155,130 @@ class Trainer:
         batches = training_batches(self.crops, config.batch_size, self.step, config.steps, self.config.data.workers)
         with ProgressBar("train", config.steps, done=self.step) as bar:
             for batch in batches:
-                losses = self.train_step(from_uint8(batch.to(self.device, non_blocking=True)))
-                bar.advance(len(batch), loss=losses["loss"])
-                self._log(losses, bar.rate)
+                values = self.train_step(from_uint8(batch.to(self.device, non_blocking=True)))
+                bar.advance(len(batch), loss=values["loss"])
+                self._log(values, bar.rate)
                 out_of_time = config.max_minutes and time.monotonic() - started > 60 * config.max_minutes
                 last = out_of_time or self.step == config.steps
-                grid = last or _due(self.step, config.grid_every)
+                grid = config.grid_every and (last or _due(self.step, config.grid_every))
+                evaluation = _due(self.step, config.evaluate_every)
                 save = last or _due(self.step, config.checkpoint_every)
-                if grid or save:
+                if grid or evaluation or save:
                     self._settle_batch_norm()
-                if grid and config.grid_every:
+                if grid:
                     self._write_grid()
+                if evaluation:
+                    self._evaluate()
                 if save:
                     self._save()
                 if out_of_time:
                     break
         if self.step < config.steps:
             return None
-        self.model.eval().save_pretrained(self.run_dir / "model")
-        return self.run_dir / "model"
+        self.evaluated_model.save_pretrained(self.folder.model)
+        return self.folder.model
 
     def train_step(self, images: Tensor) -> dict[str, float]:
-        """One update from a batch (B, 3, H, W) in [-1, 1]; returns each loss term and their weighted sum, `loss`."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(self.step)
-        output = self.model(images)
-        terms = {
-            "reconstruction": self.config.loss.reconstruction * reconstruction_loss(output.reconstruction, images),
-            "codebook": self.config.loss.codebook * output.codebook_loss,
-        }
-        loss = torch.stack(list(terms.values())).sum()
-        values = {name: float(term.detach()) for name, term in terms.items()}
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise ValueError(f"step {self.step}: the {name} loss is {value}; stopped before the update")
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-        if self.config.train.restart_codes_after:
-            self._restart_codes(output)
-        self.usage.update(output.tokens)
+        """One update of all networks from a batch (B, 3, H, W) in [-1, 1].
+
+        Returns what `TokenizerObjective.backward` found, averaged over the parts of the batch, and the norms of the
+        gradients. Raises `ValueError`, before anything is updated, for a loss or a gradient that is not finite.
+        """
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+        outputs: list[VQHiTOutput] = []
+        values: dict[str, float] = {}
+        for part in images.chunk(self.config.train.gradient_accumulation):
+            share = len(part) / len(images)
+            output, found = self.objective.backward(part, self.step, share)
+            outputs.append(output)
+            values = {name: values.get(name, 0.0) + share * float(value) for name, value in found.items()}
+        try:
+            _check_finite(values)
+            norms = {f"{name}_gradient_norm": each.gradient_norm() for name, each in self.optimizers.items()}
+        except ValueError as error:
+            raise ValueError(f"step {self.step}: {error}; stopped before the update") from None
+        for optimizer in self.optimizers.values():
+            optimizer.step(self.step)
+        self._restart_codes(outputs)
         self.step += 1
-        return {"loss": sum(values.values()), **values}
+        if self.ema is not None:
+            self.ema.update(self.model, self.step)
+        self.r1 = values.get("r1", self.r1)
+        return values | norms
 
-    def _restart_codes(self, output: VQHiTOutput) -> None:
-        codebook = self.model.quantizer.codebook
-        generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.step) % 2**63)
-        moved = self.dead_codes.restart(codebook, output.latents, output.tokens, generator).to(self.device)
-        for average in ("exp_avg", "exp_avg_sq"):  # a moved code has no past
-            self.optimizer.state[codebook][average][moved] = 0
-
-    def learning_rate(self, step: int) -> float:
-        """Learning rate of the update after `step` steps: linear warm-up, then constant or cosine."""
-        config, steps = self.config.optimizer, self.config.train.steps
-        rate = config.learning_rate
-        if step < config.warmup_steps:
-            return rate * (step + 1) / config.warmup_steps
-        if config.schedule == "cosine":
-            done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-            return rate * 0.5 * (1 + math.cos(math.pi * done))
-        return rate
-
-    def _claim_run_dir(self) -> None:
-        """Write the resolved configuration, or check that the run that is already there is this one."""
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        path = self.run_dir / "config.yaml"
-        if path.exists() and any((self.run_dir / "checkpoints").glob("step_*")):
-            try:
-                there = yaml.safe_load(path.read_text())
-            except yaml.YAMLError:
-                there = None
-            if not isinstance(there, dict):
-                raise ConfigError("damaged: it holds no configuration; put the run's own back", str(path))
-            before, now = _flat(there), _flat(self.config.to_dict())
-            changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-            if changed := [key for key in changed if key not in _CHANGEABLE]:
-                differences = ", ".join(f"{key}: {before.get(key)} there, {now.get(key)} now" for key in changed[:3])
-                raise ConfigError(f"run_dir {self.run_dir} holds another run ({differences}); choose another run_dir")
-        write_atomic(path, self.config.to_yaml().encode())
+    def _restart_codes(self, outputs: list[VQHiTOutput]) -> None:
+        latents, tokens = torch.cat([o.latents for o in outputs]), torch.cat([o.tokens for o in outputs])
+        self.usage.update(tokens)
+        if self.config.train.restart_codes_after:
+            codebook = self.model.quantizer.codebook
+            generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.step) % 2**63)
+            moved = self.dead_codes.restart(codebook, latents, tokens, generator).to(self.device)
+            self.optimizers["model"].forget(codebook, moved)
 
     def _resume(self) -> None:
-        folder = checkpoint.newest(self.run_dir / "checkpoints")
+        folder = checkpoint.newest(self.folder.checkpoints)
         if folder is not None:
-            loaded = VQHiT.from_pretrained(folder)
-            self.model.load_state_dict(loaded.state_dict())
-            _load_optimizer(self.optimizer, self.model, load_file(folder / "optimizer.safetensors"))
+            for name, module in self._modules().items():
+                module.load_state_dict(load_file(folder / f"{name}.safetensors"))
+            for name, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(load_file(folder / f"{name}_optimizer.safetensors"))
             state = load_file(folder / "state.safetensors")
             self.step, self.usage.counts = int(state["step"]), state["usage_counts"]
             self.dead_codes.unused_steps = state["unused_steps"]
-        metrics = self.run_dir / "metrics.jsonl"
-        if metrics.exists():  # drop what came after the checkpoint: those steps are trained again
-            kept = [line for line in metrics.read_text().splitlines() if _step_of(line) <= self.step]
-            write_atomic(metrics, "".join(line + "\n" for line in kept).encode())
+            self.r1 = float(state["r1"])
+        self.folder.drop_after(self.step)
+
+    def _modules(self) -> dict[str, torch.nn.Module]:
+        """The modules of a checkpoint by file name; `model` is the one to use, `trained` the one behind the average."""
+        modules: dict[str, torch.nn.Module] = {"model": self.evaluated_model}
+        if self.ema is not None:
+            modules["trained"] = self.model
+        if self.discriminator is not None:
+            modules["discriminator"] = self.discriminator
+        return modules
+
+    def _save(self) -> None:
+        with checkpoint.writing(self.folder.checkpoints, self.step) as folder:
+            self.evaluated_model.save_pretrained(folder)
+            for name, module in self._modules().items():
+                if name != "model":
+                    _save_tensors(module.state_dict(), folder / f"{name}.safetensors")
+            for name, optimizer in self.optimizers.items():
+                _save_tensors(optimizer.state_dict(), folder / f"{name}_optimizer.safetensors")
+            state = {
+                "step": torch.tensor(self.step),
+                "usage_counts": self.usage.counts,
+                "unused_steps": self.dead_codes.unused_steps,
+                "r1": torch.tensor(self.r1, dtype=torch.float64),
+            }
+            _save_tensors(state, folder / "state.safetensors")
+        checkpoint.prune(self.folder.checkpoints, self.step, self.config.train.keep_checkpoints)
 
     def _settle_batch_norm(self) -> None:
         """Statistics of the weights as they are, over the first batches of the run's order."""
         size, batches = self.config.train.batch_size, self.config.train.batch_norm_batches
         if batches:
             order = training_batches(self.crops, size, 0, batches, self.config.data.workers)
-            reestimate_batch_norm(self.model, (from_uint8(batch.to(self.device)) for batch in order))
+            images = (from_uint8(batch.to(self.device)) for batch in order)
+            reestimate_batch_norm(self.evaluated_model, images)
 
-    def _save(self) -> None:
-        root = self.run_dir / "checkpoints"
-        with checkpoint.writing(root, self.step) as folder:
-            self.model.save_pretrained(folder)
-            save_file(_optimizer_tensors(self.optimizer, self.model), folder / "optimizer.safetensors")
-            state = {
-                "step": torch.tensor(self.step),
-                "usage_counts": self.usage.counts,
-                "unused_steps": self.dead_codes.unused_steps,
-            }
-            save_file(state, folder / "state.safetensors")
-        checkpoint.prune(root, self.step, self.config.train.keep_checkpoints)
-
-    def _log(self, losses: dict[str, float], images_per_s: float) -> None:
+    def _log(self, values: dict[str, float], images_per_s: float) -> None:
         if self.step % self.config.train.log_every and self.step != self.config.train.steps:
             return
         record: dict[str, float] = {
             "step": self.step,
             "images": self.step * self.config.train.batch_size,
-            **losses,
-            "learning_rate": self.learning_rate(self.step - 1),
+            **values,
+            "learning_rate": self.optimizers["model"].learning_rate(self.step - 1),
             "images_per_s": round(images_per_s, 2),
         }
+        if not math.isnan(self.r1):
+            record["r1"] = self.r1  # the latest, where it is computed every few steps
         if int(self.usage.counts.sum()) >= len(self.paths) * math.prod(self.config.model.token_grid):  # an epoch
             record |= {"codebook_usage": self.usage.usage, "codebook_perplexity": self.usage.perplexity}
             self.usage.counts.zero_()
-        with (self.run_dir / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        self.folder.append(METRICS, record)
 
     @torch.no_grad()
     def _write_grid(self) -> None:
@@ -239,49 +286,42 @@ class Trainer:
         chosen = self.paths[:: max(1, len(self.paths) // _GRID_IMAGES)][:_GRID_IMAGES]
         crops = CenterCrops(chosen, self.config.model.image_size)
         originals = torch.stack([crops[index] for index in range(len(crops))])
-        self.model.eval()
-        reconstructions = to_uint8(self.model.reconstruct(from_uint8(originals).to(self.device))).cpu()
-        self.model.train()
-        folder = self.run_dir / "grids"
-        folder.mkdir(exist_ok=True)
+        with self._evaluating() as model:
+            reconstructions = Reconstruction(model).update(originals)
+        grids = self.folder.path / "grids"
+        grids.mkdir(exist_ok=True)
         pairs = list(zip(originals, reconstructions, strict=True))
-        compare_grid(pairs).save(folder / f"step_{self.step:09d}.png")
+        compare_grid(pairs).save(grids / f"step_{self.step:09d}.png")
+
+    def _evaluate(self) -> None:
+        config = self.config
+        assert config.data.validation_path is not None
+        paths = evenly_spaced(list_images(config.data.validation_path), config.train.evaluate_images)
+        with self._evaluating() as model:
+            measured = measure(model, paths, config.train.batch_size, config.data.workers)
+        self.folder.append(EVALUATIONS, {"step": self.step, **measured.result()})
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[VQHiT]:
+        """The evaluated model in eval mode."""
+        model = self.evaluated_model
+        training = model.training
+        model.eval()
+        try:
+            yield model
+        finally:
+            model.train(training)
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _step_of(metrics_line: str) -> float:
-    """Step of a line of metrics.jsonl; infinite for one that a kill cut off."""
-    try:
-        return float(json.loads(metrics_line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+def _check_finite(values: dict[str, float]) -> None:
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value}")
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> dict[str, Tensor]:
-    """Adam's state by parameter name: `<parameter>/exp_avg`, `/exp_avg_sq`, `/step`."""
-    return {
-        f"{name}/{key}": value.detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, model: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
-    names = [name for name, _ in model.named_parameters()]
-    state = optimizer.state_dict()
-    state["state"] = {
-        index: {key: tensors[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-        for index, name in enumerate(names)
-        if f"{name}/step" in tensors
-    }
-    optimizer.load_state_dict(state)
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)

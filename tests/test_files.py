@@ -1,0 +1,130 @@
+"""Files that are whole: atomic writing, hashes, and weights from a path, a cache or a download."""
+
+import contextlib
+import functools
+import hashlib
+import http.server
+import threading
+
+import pytest
+import torch
+
+from vqhit.files import KnownFile, check_hash, sha256, write_atomic
+
+CONTENT = b"weights" * 1000
+HASH = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A local HTTP server of a folder: (folder, address, requests it got)."""
+    folder, requests = tmp_path / "served", []
+    folder.mkdir()
+
+    class Handler(Quiet):
+        def do_GET(self):
+            requests.append(self.path)
+            if self.path.endswith("cut.pth"):  # promises more than it sends
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(CONTENT)))
+                self.end_headers()
+                self.wfile.write(CONTENT[:100])
+            else:
+                super().do_GET()
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=folder)) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{httpd.server_port}", requests
+        httpd.shutdown()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """torchvision's cache, empty."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    return tmp_path / "torch" / "hub" / "checkpoints"
+
+
+def known(address, name="net.pth", digest=HASH):
+    return KnownFile(name, f"{address}/{name}", digest)
+
+
+def test_a_file_is_downloaded_once_and_verified(server, cache):
+    folder, address, requests = server
+    (folder / "net.pth").write_bytes(CONTENT)
+    for _ in range(2):
+        path = known(address).find()
+        assert path == cache / "net.pth"
+        assert path.read_bytes() == CONTENT
+    assert requests == ["/net.pth"]
+
+
+def test_a_hash_may_be_its_first_digits(server, cache):
+    folder, address, _ = server
+    (folder / "net.pth").write_bytes(CONTENT)
+    assert known(address, digest=HASH[:8]).find().read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("fault", ["another file", "cut short", "not there", "no server"])
+def test_a_download_that_fails_says_which_file_to_put_where_and_leaves_nothing(server, cache, fault):
+    folder, address, _ = server
+    (folder / "net.pth").write_bytes(b"something else")
+    name = {"cut short": "cut.pth", "not there": "absent.pth"}.get(fault, "net.pth")
+    if fault == "no server":
+        address = "http://127.0.0.1:9"
+    with pytest.raises(ValueError, match="cannot download") as error:
+        known(address, name).find()
+    message = str(error.value)
+    assert f"{address}/{name}" in message
+    assert f"put that file at {cache / name}" in message
+    assert HASH in message
+    assert "\n" not in message
+    assert list(cache.iterdir()) == []
+
+
+def test_a_cached_file_is_used_offline_but_not_if_it_is_another(cache):
+    cache.mkdir(parents=True)
+    (cache / "net.pth").write_bytes(CONTENT)
+    offline = known("http://127.0.0.1:9")
+    assert offline.find() == cache / "net.pth"
+    (cache / "net.pth").write_bytes(CONTENT[:-1])
+    with pytest.raises(ValueError, match=rf"net\.pth: another file, or damaged: its sha256 is \w+, expected {HASH}"):
+        offline.find()
+
+
+def test_a_given_path_is_verified_and_nothing_is_downloaded(tmp_path):
+    path = tmp_path / "mine.pth"
+    with pytest.raises(ValueError, match=r"mine\.pth: no such file"):
+        known("http://127.0.0.1:9").find(path)
+    path.write_bytes(CONTENT)
+    assert known("http://127.0.0.1:9").find(str(path)) == path
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"mine\.pth: another file, or damaged"):
+        known("http://127.0.0.1:9").find(path)
+
+
+def test_the_digits_in_a_name_of_torchvisions_are_checked(tmp_path):
+    right, wrong, without = (tmp_path / f"net{end}.pth" for end in (f"-{HASH[:8]}", "-00000000", "-features"))
+    for path in (right, wrong, without):
+        path.write_bytes(CONTENT)
+    check_hash(right)
+    check_hash(without)
+    with pytest.raises(ValueError, match="expected 00000000"):
+        check_hash(wrong)
+
+
+def test_atomic_writing_replaces_or_leaves(tmp_path):
+    path = tmp_path / "file"
+    write_atomic(path, b"one")
+    assert path.read_bytes() == b"one"
+    with contextlib.suppress(TypeError):
+        write_atomic(path, "not bytes")
+    assert path.read_bytes() == b"one"
+    assert list(tmp_path.iterdir()) == [path]
+    assert sha256(path) == hashlib.sha256(b"one").hexdigest()

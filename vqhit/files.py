@@ -1,0 +1,88 @@
+"""Files that are whole: written atomically, checked by hash, fetched into a cache."""
+
+import hashlib
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+_HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+$")
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name, flush it to disk, then rename it into place."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a directory's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Return the hash of a file's content in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class KnownFile:
+    """A file of published weights: its name, where it comes from, and the hash that it must have."""
+
+    name: str
+    url: str
+    sha256: str
+    """Hexadecimal; the first digits where no more are published."""
+
+    def find(self, path: Path | str | None = None) -> Path:
+        """Return `path`, or the file in torchvision's cache, downloaded if need be, once its hash is checked.
+
+        The cache is `torch.hub.get_dir()`/checkpoints (`TORCH_HOME` moves it). Raises `ValueError` that says which file
+        to put where if it cannot be had, or is another.
+        """
+        import torch
+
+        if path is not None:
+            check_hash(Path(path), self.sha256)
+            return Path(path)
+        cached = Path(torch.hub.get_dir()) / "checkpoints" / self.name
+        if not cached.exists():
+            try:
+                cached.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(self.url, str(cached), hash_prefix=self.sha256)
+            except (OSError, RuntimeError) as error:  # no network, no space, no such file, another hash
+                raise ValueError(
+                    f"cannot download {self.url} ({' '.join(str(error).split())}); put that file at {cached}, or name "
+                    f"where it is (sha256 {self.sha256}{'' if len(self.sha256) == 64 else '...'})"
+                ) from None
+        check_hash(cached, self.sha256)
+        return cached
+
+
+def check_hash(path: Path, expected: str | None = None) -> None:
+    """Compare a file's sha256 with `expected`, or with the first digits that torchvision's file names carry, if any.
+
+    Raises `ValueError` if there is no such file or its hash differs.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    if expected is None:
+        in_name = _HASH_IN_NAME.search(path.name)
+        expected = in_name[1] if in_name else ""
+    if expected and not (found := sha256(path)).startswith(expected):
+        raise ValueError(f"{path}: another file, or damaged: its sha256 is {found}, expected {expected}")

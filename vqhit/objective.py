@@ -1,0 +1,157 @@
+"""What a tokenizer is trained for: eq. 4 and 5 of the paper (appendix A.5), and their gradients in one pass.
+
+The autoencoder and the discriminator are updated simultaneously, as in the official HiT-GAN trainer: one reconstruction
+and one set of fake logits serve both losses, and both gradients are of the weights before the step.
+"""
+
+from contextlib import AbstractContextManager
+from typing import Self
+
+import torch
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from vqhit.config import Config, Count, Flag, NonNegative, NonNegativeInt, Positive, Text
+from vqhit.discriminator import Discriminator
+from vqhit.losses import (
+    GANLoss,
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+    r1_penalty,
+    reconstruction_loss,
+)
+from vqhit.models import VQHiT, VQHiTOutput
+from vqhit.perceptual import FeaturesConfig, PerceptualKind
+
+
+class LossConfig(Config):
+    """Weights and options of the tokenizer's losses; a weight of 0 switches a term off, its networks too."""
+
+    reconstruction: NonNegative = 1.0
+    codebook: NonNegative = 1.0
+    perceptual: NonNegative = 0.0
+    """λ1 of eq. 5; the paper has 5e-5 for vgg16, LPIPS is used with 1."""
+    perceptual_network: PerceptualKind = "vgg16"
+    perceptual_weights: Text | None = None
+    """File of the network's weights; by default torchvision's cache, or a download into it."""
+    perceptual_features: FeaturesConfig | None = None
+    adversarial: NonNegative = 0.0
+    """λ2 of eq. 5; the paper has 0.1."""
+    gan: GANLoss = "non_saturating"
+    adaptive: Flag = False
+    """Multiply λ2 by VQGAN's ratio of gradients at the weight of the last layer to RGB."""
+    adaptive_max: Positive = 1e4
+    adversarial_warmup_steps: NonNegativeInt = 0
+    """Steps over which λ2 grows linearly from the discriminator's start."""
+    discriminator_start_step: NonNegativeInt = 0
+    """First step of the discriminator; before it there is no adversarial term either."""
+    r1: NonNegative = 10.0
+    """γ of eq. 4."""
+    r1_every: Count = 1
+    """Penalise every so many steps only, with as many times the weight (lazy R1)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.perceptual and self.perceptual_network == "features":
+            if self.perceptual_features is None:
+                raise ValueError("perceptual_network features needs perceptual_features: network, layers, ...")
+            if self.perceptual_weights is None:
+                raise ValueError("perceptual_network features needs perceptual_weights: a file")
+        return self
+
+    def adversarial_weight(self, step: int) -> float:
+        """λ2 of the update after `step` steps."""
+        since = step - self.discriminator_start_step
+        if since < 0:
+            return 0.0
+        warmup = self.adversarial_warmup_steps
+        return self.adversarial * min(1.0, (since + 1) / warmup) if warmup else self.adversarial
+
+
+class TokenizerObjective:
+    """Gradients of the losses of an autoencoder and, where there is one, its discriminator.
+
+    `autocast` covers the autoencoder and the perceptual network; the codebook, all losses and the discriminator run in
+    the precision of the images. The reconstruction is a leaf between the losses and the autoencoder: each loss's graph
+    is freed before the autoencoder's backward pass, and the adaptive weight costs no second pass through the losses.
+    """
+
+    def __init__(
+        self,
+        config: LossConfig,
+        model: VQHiT,
+        discriminator: Discriminator | None = None,
+        perceptual: nn.Module | None = None,
+        autocast: AbstractContextManager[None] | None = None,
+    ) -> None:
+        self.config, self.model, self.discriminator, self.perceptual = config, model, discriminator, perceptual
+        self.autocast = autocast or torch.autocast("cpu", enabled=False)
+
+    def backward(self, images: Tensor, step: int, share: float = 1.0) -> tuple[VQHiTOutput, dict[str, Tensor]]:
+        """Add `share` times the gradients of a batch (B, 3, H, W) in [-1, 1] to those of both networks.
+
+        Returns the output, detached, and by name: each weighed term of the autoencoder's loss, their sum `loss`, the
+        terms of the discriminator's, its logits, and the weight of the adversarial term.
+        """
+        with self.autocast:
+            output = self.model(images)
+        reconstruction = output.reconstruction.detach().to(images.dtype).requires_grad_()
+        terms = {"reconstruction": self.config.reconstruction * reconstruction_loss(reconstruction, images)}
+        if self.perceptual is not None:
+            with self.autocast:
+                terms["perceptual"] = self.config.perceptual * self.perceptual(reconstruction, images)
+        (gradient,) = torch.autograd.grad(torch.stack(list(terms.values())).sum(), reconstruction)
+        found: dict[str, Tensor] = {}
+        if self.discriminator is not None and step >= self.config.discriminator_start_step:
+            fake_logits = self.discriminator(reconstruction)
+            terms["adversarial"], weight, adversarial_gradient = self._adversarial(
+                fake_logits, reconstruction, output.reconstruction, gradient, step
+            )
+            gradient = gradient + adversarial_gradient
+            found = self._discriminator_backward(images, fake_logits, step, share) | {"adversarial_weight": weight}
+        terms["codebook"] = self.config.codebook * output.codebook_loss
+        torch.autograd.backward(
+            [output.reconstruction, terms["codebook"]],
+            [share * gradient.to(output.reconstruction.dtype), torch.full_like(terms["codebook"], share)],
+        )
+        terms = {name: term.detach() for name, term in terms.items()}
+        detached = VQHiTOutput(*(tensor.detach() for tensor in output))
+        return detached, {**terms, **found, "loss": torch.stack(list(terms.values())).sum()}
+
+    def _adversarial(
+        self, fake_logits: Tensor, reconstruction: Tensor, output: Tensor, gradient: Tensor, step: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The weighed adversarial term, its weight, and its gradient at the reconstruction."""
+        term = generator_loss(fake_logits, self.config.gan)
+        (at_reconstruction,) = torch.autograd.grad(term, reconstruction, retain_graph=True)
+        weight = term.new_tensor(self.config.adversarial_weight(step))
+        if self.config.adaptive:
+            last = self.model.backbone.last_layer.weight
+            ours, theirs = (
+                torch.autograd.grad(output, last, one.to(output.dtype), retain_graph=True)[0]
+                for one in (gradient, at_reconstruction)
+            )
+            weight = weight * adaptive_weight(ours, theirs, self.config.adaptive_max)
+        return weight * term.detach(), weight, weight * at_reconstruction
+
+    def _discriminator_backward(
+        self, images: Tensor, fake_logits: Tensor, step: int, share: float
+    ) -> dict[str, Tensor]:
+        """Add the gradients of eq. 4 to the discriminator's; the real logits serve its loss and R1."""
+        assert self.discriminator is not None
+        penalise = self.config.r1 > 0 and step % self.config.r1_every == 0
+        real = images.detach().requires_grad_(penalise)
+        real_logits = self.discriminator(real)
+        loss = adversarial = discriminator_loss(real_logits, fake_logits, self.config.gan)
+        found = {}
+        if penalise:
+            penalty = r1_penalty(real_logits, real)
+            loss = adversarial + self.config.r1 * self.config.r1_every * penalty
+            found["r1"] = penalty.detach()
+        (share * loss).backward(inputs=list(self.discriminator.parameters()))
+        return found | {
+            "discriminator": adversarial.detach(),
+            "real_logits": real_logits.detach().mean(),
+            "fake_logits": fake_logits.detach().mean(),
+        }

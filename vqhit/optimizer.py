@@ -1,0 +1,84 @@
+"""Adam, its learning rate as a function of the step, and its state by parameter name."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vqhit.config import Config, Decay, NonNegativeInt, Positive
+
+
+class OptimizerConfig(Config):
+    """Adam, with the paper's settings as defaults (appendix A.5)."""
+
+    learning_rate: Positive = 1e-4
+    beta1: Decay = 0.0
+    beta2: Decay = 0.99
+    schedule: Literal["constant", "cosine"] = "constant"
+    """`cosine` falls to zero over the run's steps."""
+    warmup_steps: NonNegativeInt = 0
+
+
+class Optimizer:
+    """Adam over the trainable parameters of a module that is trained for `steps` steps."""
+
+    def __init__(self, module: nn.Module, config: OptimizerConfig, steps: int) -> None:
+        self.module, self.config, self.steps = module, config, steps
+        self.parameters = {name: tensor for name, tensor in module.named_parameters() if tensor.requires_grad}
+        self.adam = torch.optim.Adam(
+            self.parameters.values(), lr=config.learning_rate, betas=(config.beta1, config.beta2)
+        )
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of the update after `step` steps: linear warm-up, then constant or cosine."""
+        rate, warmup = self.config.learning_rate, self.config.warmup_steps
+        if step < warmup:
+            return rate * (step + 1) / warmup
+        if self.config.schedule == "cosine":
+            done = (step - warmup) / max(1, self.steps - warmup)
+            return rate * 0.5 * (1 + math.cos(math.pi * done))
+        return rate
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        self.adam.zero_grad(set_to_none=True)
+
+    def gradient_norm(self) -> float:
+        """Norm over all gradients; raises `ValueError` that names a parameter whose gradient is not finite."""
+        norms = {name: p.grad.norm() for name, p in self.parameters.items() if p.grad is not None}
+        total = float(torch.stack(list(norms.values())).norm()) if norms else 0.0
+        if not math.isfinite(total):
+            name = next((name for name, norm in norms.items() if not torch.isfinite(norm)), "all parameters together")
+            raise ValueError(f"the gradient of {name} is not finite")
+        return total
+
+    def step(self, step: int) -> None:
+        """Update the parameters with the learning rate after `step` steps."""
+        for group in self.adam.param_groups:
+            group["lr"] = self.learning_rate(step)
+        self.adam.step()
+
+    def forget(self, parameter: Tensor, rows: Tensor) -> None:
+        """Set the averages of some rows of a parameter to zero: those rows have no past."""
+        for average in ("exp_avg", "exp_avg_sq"):
+            if state := self.adam.state.get(parameter):
+                state[average][rows] = 0
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return Adam's state by parameter name: `<parameter>/exp_avg`, `/exp_avg_sq`, `/step`."""
+        return {
+            f"{name}/{key}": value.detach().cpu().contiguous()
+            for name, parameter in self.parameters.items()
+            for key, value in self.adam.state.get(parameter, {}).items()
+        }
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what `state_dict` returned."""
+        state = self.adam.state_dict()
+        state["state"] = {
+            index: {key: tensors[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            for index, name in enumerate(self.parameters)
+            if f"{name}/step" in tensors
+        }
+        self.adam.load_state_dict(state)

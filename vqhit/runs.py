@@ -1,0 +1,76 @@
+"""The folder of a run: its configuration, which tells runs apart, and its records as lines of JSON."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vqhit.config import Config, ConfigError
+from vqhit.files import write_atomic
+
+METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+
+
+class RunFolder:
+    """config.yaml (resolved), metrics.jsonl, evaluations.jsonl, grids/*.png, checkpoints/ and, at the end, model/."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.model = self.path / "model"
+
+    def claim(self, config: Config, changeable: set[str]) -> None:
+        """Write the resolved configuration, or check that the run that is already there is this one.
+
+        Keys in `changeable` may differ. Raises `ConfigError` naming the others that do.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        path = self.path / "config.yaml"
+        if path.exists() and any(self.checkpoints.glob("step_*")):
+            try:
+                there = yaml.safe_load(path.read_text())
+            except yaml.YAMLError:
+                there = None
+            if not isinstance(there, dict):
+                raise ConfigError("damaged: it holds no configuration; put the run's own back", str(path))
+            before, now = _flat(there), _flat(config.to_dict())
+            changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+            if changed := [key for key in changed if key not in changeable]:
+                differences = ", ".join(f"{key}: {before.get(key)} there, {now.get(key)} now" for key in changed[:3])
+                raise ConfigError(f"run_dir {self.path} holds another run ({differences}); choose another run_dir")
+        write_atomic(path, config.to_yaml().encode())
+
+    def append(self, name: str, record: dict[str, Any]) -> None:
+        """Add a line to a file of records."""
+        with (self.path / name).open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def drop_after(self, step: int) -> None:
+        """Drop the records of later steps: they will be trained again."""
+        for path in (self.path / METRICS, self.path / EVALUATIONS):
+            if path.exists():
+                kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+                write_atomic(path, "".join(line + "\n" for line in kept).encode())
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a file, one dict a line."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _step_of(line: str) -> float:
+    """Step of a record; infinite for one that a kill cut off."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
