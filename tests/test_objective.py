@@ -7,7 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from vqhit.discriminator import DiscriminatorConfig
+from vqhit.config import ConfigError
+from vqhit.discriminator import Discriminator, DiscriminatorConfig
+from vqhit.models import VQHiT
+from vqhit.objective import LossConfig, TokenizerObjective
 from vqhit.train import RunConfig, Trainer
 
 SMALL_D = DiscriminatorConfig(resolution=16, channel_multiplier=1, max_channels=8)
@@ -22,7 +25,8 @@ class SmallFeatures(nn.Module):
         self.conv = nn.Conv2d(3, 6, 3, stride=2).requires_grad_(False)
 
     def forward(self, reconstruction, images):
-        return (self.conv(reconstruction).relu() - self.conv(images).relu()).square().mean()
+        ours, theirs = (self.conv(x).relu().to(images.dtype) for x in (reconstruction, images))
+        return (ours - theirs).square().mean()
 
 
 @pytest.fixture
@@ -119,6 +123,15 @@ def assert_close(found, expected, what, atol=1e-12):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=atol, msg=lambda text: f"{what}: {text}")
 
 
+def gradients_of(trainer):
+    return {
+        f"{name} of {kind}": parameter.grad.clone()
+        for kind, module in (("model", trainer.model), ("D", trainer.discriminator))
+        for name, parameter in module.named_parameters()
+        if parameter.grad is not None
+    }
+
+
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_two_whole_steps_equal_the_formulas_in_float64(make_trainer, adaptive):
     trainer = make_trainer({"adaptive": adaptive})
@@ -158,3 +171,120 @@ def test_two_whole_steps_equal_the_formulas_in_float64(make_trainer, adaptive):
                 assert_close(trainer.ema.model.state_dict()[name], average[name], f"average of {name}")
             else:
                 assert torch.equal(trainer.ema.model.state_dict()[name], tensor)
+
+
+def test_before_its_start_there_is_no_discriminator_and_then_its_weight_grows(make_trainer):
+    trainer = make_trainer({"discriminator_start_step": 2, "adversarial_warmup_steps": 4})
+    before = copy.deepcopy(trainer.discriminator.state_dict())
+    found = [trainer.train_step(batch(seed=step)) for step in range(2)]
+    for values in found:
+        assert not {"adversarial", "discriminator", "r1", "real_logits", "adversarial_weight"} & values.keys()
+        assert values["loss"] == pytest.approx(values["reconstruction"] + values["perceptual"] + values["codebook"])
+    for name, tensor in trainer.discriminator.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    found = [trainer.train_step(batch(seed=step)) for step in range(2, 8)]
+    expected = [0.025, 0.05, 0.075, 0.1, 0.1, 0.1]
+    assert [values["adversarial_weight"] for values in found] == pytest.approx(expected)
+    assert not torch.equal(trainer.discriminator.from_rgb.weight, before["from_rgb.weight"])
+
+
+def test_lazy_r1_comes_every_few_steps_with_as_many_times_the_weight(make_trainer):
+    trainer = make_trainer({"r1_every": 3, "r1": 2.0, "adversarial": 1e-9})
+    images = batch()
+    trainer.objective.backward(images, step=3)
+    with_r1 = gradients_of(trainer)
+    trainer.discriminator.zero_grad()
+    trainer.objective.backward(images, step=4)
+    without = gradients_of(trainer)
+    trainer.discriminator.zero_grad()
+    trainer.objective.config = trainer.config.loss.model_copy(update={"r1_every": 1, "r1": 6.0})
+    trainer.objective.backward(images, step=4)
+    for name, gradient in gradients_of(trainer).items():
+        if name.endswith("of D"):
+            torch.testing.assert_close(with_r1[name], gradient)
+    assert not torch.equal(with_r1["from_rgb.weight of D"], without["from_rgb.weight of D"])
+
+
+def test_the_steps_of_lazy_r1(make_trainer, tmp_path):
+    trainer = make_trainer({"r1_every": 3})
+    assert ["r1" in trainer.train_step(batch(seed=step)) for step in range(5)] == [True, False, False, True, False]
+    trainer = make_trainer({"r1": 0.0}, run_dir=str(tmp_path / "other"))
+    assert "r1" not in trainer.train_step(batch())
+
+
+def test_gradients_accumulate_to_those_of_the_whole_batch(make_trainer, tmp_path):
+    whole = make_trainer(run_dir=str(tmp_path / "whole"))
+    parts = make_trainer(run_dir=str(tmp_path / "parts"), train={"gradient_accumulation": 2})
+    for trainer in (whole, parts):
+        trainer.model.eval()  # batch norm: in training its statistics are those of each part
+    first, second = (trainer.train_step(batch()) for trainer in (whole, parts))
+    for name, value in first.items():
+        assert second[name] == pytest.approx(value, rel=1e-9), name
+    for name, gradient in gradients_of(whole).items():
+        assert_close(gradients_of(parts)[name], gradient, name)
+    # weights move by Adam, which amplifies rounding where the gradient is zero but for rounding
+    for (name, ours), theirs in zip(parts.model.named_parameters(), whole.model.parameters(), strict=True):
+        assert_close(ours.detach(), theirs.detach(), name, atol=1e-8)
+
+
+def test_bfloat16_covers_the_networks_and_nothing_else(tiny_config):
+    torch.manual_seed(0)
+    model, discriminator = VQHiT(tiny_config).train(), Discriminator(SMALL_D)
+    seen = {}
+
+    def watch(name):
+        def hook(_, inputs, output):
+            first = output[0] if isinstance(output, tuple) else output
+            seen[name] = (inputs[0].dtype, first.dtype)
+
+        return hook
+
+    perceptual = SmallFeatures()
+    parts = {
+        "encoder": model.encoder,
+        "codebook": model.quantizer,
+        "decoder": model.backbone.stages[0].blocks[0].mlp.fc1,
+        "features": perceptual.conv,
+        "D": discriminator.blocks[0].conv0,
+    }
+    for name, module in parts.items():
+        module.register_forward_hook(watch(name))
+    losses = []
+    model.quantizer.register_forward_hook(lambda *args: losses.append(args[2].loss.dtype))
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    config = LossConfig(perceptual=0.5, adversarial=0.1, adaptive=True)
+    objective = TokenizerObjective(config, model, discriminator, perceptual, autocast)
+    output, values = objective.backward(batch().float(), step=0)
+    half, full = torch.bfloat16, torch.float32
+    assert seen["encoder"][1] == half
+    assert seen["decoder"][1] == half
+    assert seen["features"][1] == half
+    assert seen["D"] == (full, full)
+    assert losses == [full]
+    assert {values[name].dtype for name in values} == {full}
+    for module in (model, discriminator):
+        for name, parameter in module.named_parameters():
+            if parameter.grad is not None:
+                assert parameter.grad.dtype == full, name
+                assert torch.isfinite(parameter.grad).all(), name
+    # the tokens are the float32 nearest codes of the half-precision latents
+    latents = output.latents.float()
+    assert torch.equal(model.quantizer(latents).tokens, output.tokens)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (
+            {"perceptual": 1.0, "perceptual_network": "features"},
+            "perceptual_network features needs perceptual_features",
+        ),
+        ({"adversarial": -1}, "adversarial"),
+        ({"r1_every": 0}, "r1_every"),
+        ({"gan": "wasserstein"}, "gan"),
+        ({"perceptual_weight": 1.0}, "perceptual_weight: unknown key; did you mean 'perceptual_weights'"),
+    ],
+)
+def test_impossible_options_are_named(loss, message):
+    with pytest.raises(ConfigError, match=message):
+        LossConfig(**loss)

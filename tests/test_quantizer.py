@@ -1,17 +1,16 @@
-"""Nearest code, straight-through gradient, codebook and commitment loss, usage counts, restarts."""
-
-import math
+"""Nearest code, gradients, codebook and commitment loss, and the options of a learned codebook."""
 
 import pytest
 import torch
 from taming.modules.vqvae.quantize import VectorQuantizer
 
-from vqhit.quantizer import CodebookUsage, DeadCodes, Quantizer, QuantizerConfig
+from vqhit.config import ConfigError
+from vqhit.quantizer import Quantizer, QuantizerConfig
 
 
-def quantizer(size=8, dim=4, commitment=0.25):
+def quantizer(size=8, dim=4, commitment=0.25, **options):
     torch.manual_seed(0)
-    module = Quantizer(QuantizerConfig(codebook_size=size, dim=dim, commitment=commitment)).double()
+    module = Quantizer(QuantizerConfig(codebook_size=size, dim=dim, commitment=commitment, **options)).double()
     module.codebook.data.normal_()
     return module
 
@@ -87,43 +86,65 @@ def test_distances_are_float32_under_autocast():
     assert quantized.loss.dtype == torch.float32
 
 
-def test_usage_and_perplexity_are_counted_over_all_updates():
-    usage = CodebookUsage(8)
-    assert (usage.codes_used, usage.usage) == (0, 0.0)
-    usage.update(torch.tensor([[0, 0], [1, 1]]))
-    usage.update(torch.tensor([[[2, 3]]]))
-    usage.update(torch.tensor([2, 3]))
-    assert (usage.codes_used, usage.usage) == (4, 0.5)
-    assert usage.perplexity == pytest.approx(4.0)
-    usage.update(torch.zeros(8, dtype=torch.int64))
-    probabilities = [10 / 16, 2 / 16, 2 / 16, 2 / 16]
-    assert usage.perplexity == pytest.approx(math.exp(-sum(p * math.log(p) for p in probabilities)))
+def test_normalised_codes_and_latents_have_length_one():
+    module = quantizer(normalize=True)
+    latents = 3 * torch.randn(2, 4, 3, 5, dtype=torch.float64)
+    quantized = module(latents)
+    z = latents.permute(0, 2, 3, 1).reshape(-1, 4)
+    cosine = torch.nn.functional.cosine_similarity(z[:, None], module.codebook[None], dim=-1)
+    assert torch.equal(quantized.tokens.flatten(), cosine.argmax(1))
+    torch.testing.assert_close(quantized.latents.norm(dim=1), torch.ones(2, 3, 5, dtype=torch.float64))
+    torch.testing.assert_close(quantized.latents, module.lookup(quantized.tokens))
+    torch.testing.assert_close(module.vectors(latents), z / z.norm(dim=1, keepdim=True))
+    distance = 2 - 2 * cosine.amax(1)  # of unit vectors
+    torch.testing.assert_close(quantized.loss, 1.25 * distance.mean() / 4)
 
 
-def test_dead_codes_move_onto_latents_of_the_batch():
-    codebook = torch.full((4, 2), 100.0)
-    latents = torch.arange(8.0).view(1, 2, 2, 2)
-    vectors = latents.permute(0, 2, 3, 1).reshape(-1, 2)
-    dead_codes = DeadCodes(4, after=2)
-    tokens = torch.zeros(1, 2, 2, dtype=torch.int64)
-
-    moved = dead_codes.restart(codebook, latents, tokens, torch.Generator().manual_seed(0))
-    assert moved.tolist() == [1, 2, 3]  # at first every code that is not chosen counts as dead
-    assert codebook[0].tolist() == [100, 100]
-    for row in codebook[1:]:
-        assert (vectors == row).all(1).any()
-    assert len({tuple(row) for row in codebook.tolist()}) == 4  # on different latents
-
-    still = codebook.clone()
-    for _ in range(2):
-        assert dead_codes.restart(codebook, latents, tokens, torch.Generator()).tolist() == []
-    assert torch.equal(codebook, still)
-    assert dead_codes.restart(codebook, latents, tokens, torch.Generator()).tolist() == [1, 2, 3]
+def test_a_codebook_of_running_means_has_the_commitment_term_only():
+    module = quantizer(update="ema")
+    latents = torch.randn(1, 4, 3, 5, dtype=torch.float64, requires_grad=True)
+    quantized = module(latents)
+    codes = module.lookup(quantized.tokens)
+    torch.testing.assert_close(quantized.loss, 0.25 * (latents - codes).square().mean())
+    assert not module.codebook.requires_grad
+    assert list(module.state_dict()) == ["codebook"]
 
 
-def test_no_more_codes_move_than_there_are_latents():
-    codebook = torch.zeros(10, 2)
-    dead_codes = DeadCodes(10, after=1)
-    latents, tokens = torch.randn(1, 2, 1, 3), torch.zeros(1, 1, 3, dtype=torch.int64)
-    assert dead_codes.restart(codebook, latents, tokens, torch.Generator()).tolist() == [1, 2, 3]
-    assert dead_codes.restart(codebook, latents, tokens, torch.Generator()).tolist() == [4, 5, 6]
+def test_the_rotation_trick_turns_gradients_with_the_latents():
+    module = quantizer(gradient="rotation_trick")
+    latents = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    quantized = module(latents)
+    torch.testing.assert_close(quantized.latents, module.lookup(quantized.tokens))
+    weights = torch.randn_like(latents)
+    (quantized.latents * weights).sum().backward()
+    z, codes, w, found = (
+        t.detach().permute(0, 2, 3, 1).reshape(-1, 4) for t in (latents, quantized.latents, weights, latents.grad)
+    )
+    for row in range(len(z)):  # the rotation by Householder reflections that takes z / |z| to e / |e| (eq. 4 there)
+        u, q = z[row] / z[row].norm(), codes[row] / codes[row].norm()
+        r = (u + q) / (u + q).norm()
+        rotation = torch.eye(4, dtype=torch.float64) - 2 * torch.outer(r, r) + 2 * torch.outer(q, u)
+        torch.testing.assert_close(rotation @ u, q)
+        torch.testing.assert_close(found[row], codes[row].norm() / z[row].norm() * rotation.T @ w[row])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "fsq"}, "kind fsq needs levels"),
+        ({"levels": [8, 8]}, "kind fsq needs levels, one for each channel; other kinds have none"),
+        ({"kind": "fsq", "levels": [8, 8], "dim": 3}, r"levels \[8, 8\] make 64 codes of dim 2; codebook_size is 1024"),
+        ({"kind": "lfq", "dim": 9}, r"codebook_size 1024: lfq with dim 9 has 2\^9 codes"),
+        ({"kind": "lfq", "dim": 10, "normalize": True}, "update and normalize are options of kind vq; this is lfq"),
+        ({"kind": "sim_vq", "update": "ema"}, "update and normalize are options of kind vq; this is sim_vq"),
+        ({"kind": "fsq", "levels": [32, 32], "dim": 2, "gradient": "rotation_trick"}, "gradient rotation_trick is an"),
+        (
+            {"kind": "fsq", "levels": [2, 512], "dim": 2},
+            "levels.0: found 2; input should be greater than or equal to 3",
+        ),
+        ({"kind": "vqq"}, "kind"),
+    ],
+)
+def test_impossible_options_are_named(options, message):
+    with pytest.raises(ConfigError, match=message):
+        QuantizerConfig(**options)

@@ -80,7 +80,8 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
 
     Example: vqhit train configs/vqhit_imagenet256.yaml data.path=/data/imagenet/train train.batch_size=64
     """
-    from vqhit.train import RunConfig, Trainer
+    from vqhit.recipe import RunConfig
+    from vqhit.train import Trainer
 
     trainer = Trainer(RunConfig.from_yaml(config, overrides or []))
     if trainer.step:

@@ -19,7 +19,8 @@ from vqhit.evaluate import Reconstruction, psnr, ssim
 from vqhit.files import write_atomic
 from vqhit.images import compare_grid, crop_box, from_uint8, load_image, pil_to_uint8, to_uint8
 from vqhit.models import VQHiT
-from vqhit.train import RunConfig, Trainer
+from vqhit.recipe import RunConfig
+from vqhit.train import Trainer
 
 TRAINING_PHOTOS = (
     "astronaut.png",

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vqhit import __version__
+from vqhit.codebook import CodebookUsage
 from vqhit.data import CenterCrops, list_images, load_batches
 from vqhit.images import from_uint8, to_uint8
 from vqhit.models import VQHiT
 from vqhit.progress import ProgressBar
-from vqhit.quantizer import CodebookUsage
 
 PSNR_CEILING_DB = 100.0
 """Reported for images that are equal, whose PSNR has no finite value."""

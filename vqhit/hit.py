@@ -230,10 +230,13 @@ class CodeStem(nn.Module):
     whole grid by space-to-depth, then one linear layer; nothing is pooled away.
 
     Its linear layers start wider than HiT's other kernels: a fresh VQGAN encoder's latents have a standard deviation of
-    about 0.2, and at HiT's 0.02 the position embeddings would drown them. Here map and tokens start near unit variance.
+    about 0.2, and at HiT's 0.02 the position embeddings would drown them. With `code_std`, that of the codes, map and
+    tokens start near unit variance.
     """
 
-    def __init__(self, config: StemConfig, code_grid: int, code_dim: int, widths: tuple[int, ...]) -> None:
+    def __init__(
+        self, config: StemConfig, code_grid: int, code_dim: int, widths: tuple[int, ...], code_std: float
+    ) -> None:
         super().__init__()
         self.feature_factor = code_grid // FIRST_SIZE
         self.token_factor = code_grid // config.latent_grid
@@ -242,7 +245,7 @@ class CodeStem(nn.Module):
         self.tokens = LatentTokens(config.latent_grid**2, widths[0])
         self.skip = Linear(code_dim, widths[1]) if config.skip else None
         for layer in filter(None, (self.feature_map, self.token_projection, self.skip)):
-            nn.init.normal_(layer.weight, std=5 / math.sqrt(layer.in_features))
+            nn.init.normal_(layer.weight, std=1 / (code_std * math.sqrt(layer.in_features)))
 
     def forward(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         codes = codes.permute(0, 2, 3, 1)

@@ -60,7 +60,7 @@ class Pretrained(nn.Module):
         weights = _read_weights(directory / WEIGHTS_FILE, select_device(device))
         _check_tensors(model.state_dict(), weights, directory / WEIGHTS_FILE)
         model.load_state_dict(weights, strict=True, assign=True)
-        return model.to(dtype=dtype).eval()
+        return model.to(select_device(device), dtype).eval()
 
     @classmethod
     def _read_config(cls, path: Path) -> Any:

@@ -16,7 +16,8 @@ from vqhit import images as image_files
 from vqhit.config import Config, Count
 from vqhit.hit import FIRST_SIZE, CodeStem, HiTBackbone, HiTConfig, NoiseStem, StemConfig
 from vqhit.hub import Pretrained
-from vqhit.quantizer import Quantized, Quantizer, QuantizerConfig
+from vqhit.quantizer import Quantized, QuantizerConfig
+from vqhit.vector_quantize import build_quantizer
 from vqhit.vqgan import Encoder, EncoderConfig
 
 
@@ -102,8 +103,10 @@ class VQHiT(Pretrained):
         self.config = config
         self.encoder = Encoder(config.encoder, config.image_size)
         self.quant_conv = nn.Conv2d(config.encoder.z_channels, config.quantizer.dim, kernel_size=1)
-        self.quantizer = Quantizer(config.quantizer)
-        self.stem = CodeStem(config.stem, config.token_grid[0], config.quantizer.dim, config.decoder.widths)
+        self.quantizer = build_quantizer(config.quantizer)
+        self.stem = CodeStem(
+            config.stem, config.token_grid[0], config.quantizer.dim, config.decoder.widths, config.quantizer.code_std
+        )
         self.backbone = HiTBackbone(config.decoder)
 
     @property

@@ -188,7 +188,8 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: no readable file of weights ({str(error).splitlines()[0]})") from None
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: no readable file of weights ({reason})") from None
     if not isinstance(weights, dict):
         raise ValueError(f"{path}: holds a {type(weights).__name__}; expected tensors by name")
     return {name: tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}

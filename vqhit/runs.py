@@ -5,8 +5,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from vqhit.config import Config, ConfigError
 from vqhit.files import write_atomic
 
@@ -31,12 +29,10 @@ class RunFolder:
         path = self.path / "config.yaml"
         if path.exists() and any(self.checkpoints.glob("step_*")):
             try:
-                there = yaml.safe_load(path.read_text())
-            except yaml.YAMLError:
-                there = None
-            if not isinstance(there, dict):
-                raise ConfigError("damaged: it holds no configuration; put the run's own back", str(path))
-            before, now = _flat(there), _flat(config.to_dict())
+                there = type(config).from_yaml(path)
+            except ConfigError as error:
+                raise ConfigError(f"{error}: damaged, or of another version; put the run's own back") from None
+            before, now = _flat(there.to_dict()), _flat(config.to_dict())
             changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
             if changed := [key for key in changed if key not in changeable]:
                 differences = ", ".join(f"{key}: {before.get(key)} there, {now.get(key)} now" for key in changed[:3])

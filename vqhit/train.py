@@ -8,102 +8,30 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, Self
 
 import torch
-from pydantic import Field, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vqhit import checkpoint
-from vqhit.config import Config, Count, Flag, NonNegativeInt, Positive, Text
-from vqhit.data import CenterCrops, DataConfig, TrainingCrops, list_images, training_batches
-from vqhit.discriminator import Discriminator, DiscriminatorConfig
-from vqhit.ema import EMA, EMAConfig
+from vqhit.codebook import CodebookTraining, CodebookUsage
+from vqhit.data import CenterCrops, TrainingCrops, list_images, training_batches
+from vqhit.discriminator import Discriminator
+from vqhit.ema import EMA
 from vqhit.evaluate import Reconstruction, evenly_spaced, measure
 from vqhit.hub import select_device
 from vqhit.images import compare_grid, from_uint8
 from vqhit.layers import reestimate_batch_norm
-from vqhit.models import VQHiT, VQHiTConfig, VQHiTOutput
-from vqhit.objective import LossConfig, TokenizerObjective
-from vqhit.optimizer import Optimizer, OptimizerConfig
+from vqhit.models import VQHiT, VQHiTOutput
+from vqhit.objective import TokenizerObjective
+from vqhit.optimizer import Optimizer
 from vqhit.perceptual import perceptual_network
 from vqhit.progress import ProgressBar
-from vqhit.quantizer import CodebookUsage, DeadCodes
+from vqhit.quantizer import Quantizer
+from vqhit.recipe import CHANGEABLE, RunConfig
 from vqhit.runs import EVALUATIONS, METRICS, RunFolder
 
 _GRID_IMAGES = 16
-# What may change between the start of a run and its continuation; anything else would make it another run.
-_CHANGEABLE = (
-    {"run_dir", "device", "loss.perceptual_weights"}
-    | {f"data.{key}" for key in ("path", "validation_path", "workers", "cache_images")}
-    | {f"train.{key}_every" for key in ("log", "grid", "evaluate", "checkpoint")}
-    | {"train.evaluate_images", "train.keep_checkpoints", "train.max_minutes"}
-)
-
-
-class TrainConfig(Config):
-    """Length of a run and what it writes; 0 switches a periodic output off (the last step always saves)."""
-
-    steps: Count
-    batch_size: Count
-    gradient_accumulation: Count = 1
-    """Parts of a batch that pass through the networks one after the other, to bound memory."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 runs the autoencoder and the perceptual network under autocast; all else stays float32."""
-    compile: Flag = False
-    """`torch.compile` the encoder, the decoder and the perceptual network (not D: R1 needs a second derivative)."""
-    log_every: Count = 50
-    grid_every: NonNegativeInt = 1000
-    evaluate_every: NonNegativeInt = 0
-    """Measure PSNR, SSIM and codebook usage on `data.validation_path`."""
-    evaluate_images: Count = 1000
-    checkpoint_every: NonNegativeInt = 1000
-    keep_checkpoints: Count = 3
-    restart_codes_after: NonNegativeInt = 0
-    """Move a code that no latent chose for this many steps onto a latent of the batch; 0 never does."""
-    batch_norm_batches: NonNegativeInt = 0
-    """Batches over which HiT's batch norm statistics are taken before saving and evaluating; 0 keeps running ones."""
-    max_minutes: Positive | None = None
-    """Stop, with a checkpoint, after this long in one go."""
-
-
-class RunConfig(Config):
-    """A configuration file of `vqhit train`."""
-
-    run_dir: Text
-    seed: NonNegativeInt = 0
-    device: Text = "auto"
-    """`auto` is CUDA if there is a device, else the CPU."""
-    model: VQHiTConfig
-    discriminator: DiscriminatorConfig | None = None
-    """Needed for an adversarial term; its resolution is the model's."""
-    data: DataConfig
-    loss: LossConfig = Field(default_factory=LossConfig)
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
-    discriminator_optimizer: OptimizerConfig | None = None
-    """By default the same as `optimizer`."""
-    ema: EMAConfig = Field(default_factory=lambda: EMAConfig(decay=0.0))
-    """Off by default. With an average, it is what is evaluated and saved as the model."""
-    train: TrainConfig
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.loss.adversarial and self.discriminator is None:
-            raise ValueError("loss.adversarial needs a discriminator: give its sizes under `discriminator`")
-        if self.discriminator is not None and self.discriminator.resolution != self.model.image_size:
-            raise ValueError(
-                f"discriminator.resolution {self.discriminator.resolution}: the model's images are "
-                f"{self.model.image_size} px"
-            )
-        if self.train.batch_size % self.train.gradient_accumulation:
-            raise ValueError(
-                f"train.gradient_accumulation {self.train.gradient_accumulation} does not divide the batch of "
-                f"{self.train.batch_size}"
-            )
-        if self.train.evaluate_every and self.data.validation_path is None:
-            raise ValueError("train.evaluate_every needs data.validation_path: a folder of images")
-        return self
 
 
 class Trainer:
@@ -138,10 +66,12 @@ class Trainer:
         self.objective = TokenizerObjective(loss, self.model, self.discriminator, perceptual, autocast)
         self.crops = TrainingCrops(self.paths, config.data, config.model.image_size, config.seed)
         self.usage = CodebookUsage(self.model.codebook_size)
-        self.dead_codes = DeadCodes(self.model.codebook_size, train.restart_codes_after)
+        self.codebook: CodebookTraining | None = None
+        if isinstance(self.model.quantizer, Quantizer):
+            self.codebook = CodebookTraining(self.model.quantizer, train.restart_codes_after, config.seed)
         self.step = 0
         self.r1 = math.nan
-        self.folder.claim(config, _CHANGEABLE)
+        self.folder.claim(config, CHANGEABLE)
         self._resume()
 
     @property
@@ -200,21 +130,23 @@ class Trainer:
             raise ValueError(f"step {self.step}: {error}; stopped before the update") from None
         for optimizer in self.optimizers.values():
             optimizer.step(self.step)
-        self._restart_codes(outputs)
+        self._update_codebook(torch.cat([o.latents for o in outputs]), torch.cat([o.tokens for o in outputs]))
         self.step += 1
         if self.ema is not None:
             self.ema.update(self.model, self.step)
         self.r1 = values.get("r1", self.r1)
         return values | norms
 
-    def _restart_codes(self, outputs: list[VQHiTOutput]) -> None:
-        latents, tokens = torch.cat([o.latents for o in outputs]), torch.cat([o.tokens for o in outputs])
+    def _update_codebook(self, latents: Tensor, tokens: Tensor) -> None:
+        """Count the codes of the whole batch, then what `CodebookTraining` does; a moved code has no past."""
         self.usage.update(tokens)
-        if self.config.train.restart_codes_after:
-            codebook = self.model.quantizer.codebook
-            generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.step) % 2**63)
-            moved = self.dead_codes.restart(codebook, latents, tokens, generator).to(self.device)
-            self.optimizers["model"].forget(codebook, moved)
+        if self.codebook is None:
+            return
+        moved = self.codebook.update(latents, tokens, self.step)
+        codebook = self.codebook.codebook
+        self.optimizers["model"].forget(codebook, moved)
+        if self.ema is not None:
+            self.ema.model.get_parameter("quantizer.codebook").data[moved] = codebook.data[moved]
 
     def _resume(self) -> None:
         folder = checkpoint.newest(self.folder.checkpoints)
@@ -225,8 +157,9 @@ class Trainer:
                 optimizer.load_state_dict(load_file(folder / f"{name}_optimizer.safetensors"))
             state = load_file(folder / "state.safetensors")
             self.step, self.usage.counts = int(state["step"]), state["usage_counts"]
-            self.dead_codes.unused_steps = state["unused_steps"]
             self.r1 = float(state["r1"])
+            if self.codebook is not None:
+                self.codebook.load_state_dict(state)
         self.folder.drop_after(self.step)
 
     def _modules(self) -> dict[str, torch.nn.Module]:
@@ -249,9 +182,10 @@ class Trainer:
             state = {
                 "step": torch.tensor(self.step),
                 "usage_counts": self.usage.counts,
-                "unused_steps": self.dead_codes.unused_steps,
                 "r1": torch.tensor(self.r1, dtype=torch.float64),
             }
+            if self.codebook is not None:
+                state |= self.codebook.state_dict()
             _save_tensors(state, folder / "state.safetensors")
         checkpoint.prune(self.folder.checkpoints, self.step, self.config.train.keep_checkpoints)
 

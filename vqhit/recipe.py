@@ -1,0 +1,89 @@
+"""The configuration file of a training run."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from vqhit.config import Config, Count, Flag, NonNegativeInt, Positive, Text
+from vqhit.data import DataConfig
+from vqhit.discriminator import DiscriminatorConfig
+from vqhit.ema import EMAConfig
+from vqhit.models import VQHiTConfig
+from vqhit.objective import LossConfig
+from vqhit.optimizer import OptimizerConfig
+
+# What may change between the start of a run and its continuation; anything else would make it another run.
+CHANGEABLE = (
+    {"run_dir", "device", "loss.perceptual_weights"}
+    | {f"data.{key}" for key in ("path", "validation_path", "workers", "cache_images")}
+    | {f"train.{key}_every" for key in ("log", "grid", "evaluate", "checkpoint")}
+    | {"train.evaluate_images", "train.keep_checkpoints", "train.max_minutes"}
+)
+
+
+class TrainConfig(Config):
+    """Length of a run and what it writes; 0 switches a periodic output off (the last step always saves)."""
+
+    steps: Count
+    batch_size: Count
+    gradient_accumulation: Count = 1
+    """Parts of a batch that pass through the networks one after the other, to bound memory."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 runs the autoencoder and the perceptual network under autocast; all else stays float32."""
+    compile: Flag = False
+    """`torch.compile` the encoder, the decoder and the perceptual network (not D: R1 needs a second derivative)."""
+    log_every: Count = 50
+    grid_every: NonNegativeInt = 1000
+    evaluate_every: NonNegativeInt = 0
+    """Measure PSNR, SSIM and codebook usage on `data.validation_path`."""
+    evaluate_images: Count = 1000
+    checkpoint_every: NonNegativeInt = 1000
+    keep_checkpoints: Count = 3
+    restart_codes_after: NonNegativeInt = 0
+    """Move a code that no latent chose for this many steps onto a latent of the batch; 0 never does."""
+    batch_norm_batches: NonNegativeInt = 0
+    """Batches over which HiT's batch norm statistics are taken before saving and evaluating; 0 keeps running ones."""
+    max_minutes: Positive | None = None
+    """Stop, with a checkpoint, after this long in one go."""
+
+
+class RunConfig(Config):
+    """A configuration file of `vqhit train`."""
+
+    run_dir: Text
+    seed: NonNegativeInt = 0
+    device: Text = "auto"
+    """`auto` is CUDA if there is a device, else the CPU."""
+    model: VQHiTConfig
+    discriminator: DiscriminatorConfig | None = None
+    """Needed for an adversarial term; its resolution is the model's."""
+    data: DataConfig
+    loss: LossConfig = Field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    discriminator_optimizer: OptimizerConfig | None = None
+    """By default the same as `optimizer`."""
+    ema: EMAConfig = Field(default_factory=lambda: EMAConfig(decay=0.0))
+    """Off by default. With an average, it is what is evaluated and saved as the model."""
+    train: TrainConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.loss.adversarial and self.discriminator is None:
+            raise ValueError("loss.adversarial needs a discriminator: give its sizes under `discriminator`")
+        if self.discriminator is not None and self.discriminator.resolution != self.model.image_size:
+            raise ValueError(
+                f"discriminator.resolution {self.discriminator.resolution}: the model's images are "
+                f"{self.model.image_size} px"
+            )
+        if self.train.batch_size % self.train.gradient_accumulation:
+            raise ValueError(
+                f"train.gradient_accumulation {self.train.gradient_accumulation} does not divide the batch of "
+                f"{self.train.batch_size}"
+            )
+        if self.train.restart_codes_after and self.model.quantizer.kind != "vq":
+            raise ValueError(
+                f"train.restart_codes_after moves codes of quantizer kind vq; this is {self.model.quantizer.kind}"
+            )
+        if self.train.evaluate_every and self.data.validation_path is None:
+            raise ValueError("train.evaluate_every needs data.validation_path: a folder of images")
+        return self
