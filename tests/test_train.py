@@ -1,14 +1,19 @@
 """A run: what one step does, what it writes, and that the same command continues it."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from torchvision import models
 
-from vqhit import VQHiT
+from vqhit import VQHiT, perceptual
 from vqhit.config import ConfigError
+from vqhit.evaluate import evaluate_tokenizer
+from vqhit.files import KnownFile
 from vqhit.images import from_uint8
 from vqhit.layers import BatchNorm, reestimate_batch_norm
 from vqhit.train import RunConfig, Trainer
@@ -18,13 +23,14 @@ from vqhit.train import RunConfig, Trainer
 def make_config(tiny_config, photo_folder, tmp_path):
     def make(**train):
         optimizer = {key: train.pop(key) for key in ("learning_rate", "schedule", "warmup_steps") if key in train}
-        top = {key: train.pop(key) for key in ("run_dir", "seed") if key in train}
+        names = ("run_dir", "seed", "loss", "discriminator", "ema", "data", "model")
+        top = {key: train.pop(key) for key in names if key in train}
         return RunConfig.from_dict(
             {
                 "run_dir": str(tmp_path / "run"),
                 "device": "cpu",
-                "model": tiny_config.to_dict(),
-                "data": {"path": str(photo_folder)},
+                "model": {**tiny_config.to_dict(), **top.pop("model", {})},
+                "data": {"path": str(photo_folder), **top.pop("data", {})},
                 "optimizer": {"learning_rate": 1e-3, **optimizer},
                 "train": {"steps": 6, "batch_size": 3, "log_every": 2, "grid_every": 3, "checkpoint_every": 4, **train},
                 **top,
@@ -32,6 +38,41 @@ def make_config(tiny_config, photo_folder, tmp_path):
         )
 
     return make
+
+
+@pytest.fixture(scope="module")
+def squeezenet(tmp_path_factory):
+    """A file of SqueezeNet features, generated."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "squeezenet.safetensors"
+    save_file(models.squeezenet1_1(weights=None).features.state_dict(prefix="features."), path)
+    return path
+
+
+@pytest.fixture
+def whole_recipe(squeezenet, photo_folder):
+    """Options that switch on every term and every average."""
+    return {
+        "loss": {
+            "perceptual": 0.5,
+            "perceptual_network": "features",
+            "perceptual_weights": str(squeezenet),
+            "perceptual_features": {"network": "squeezenet1_1", "layers": [1]},
+            "adversarial": 0.1,
+            "adaptive": True,
+            "discriminator_start_step": 1,
+            "r1_every": 2,
+        },
+        "discriminator": {"resolution": 16, "channel_multiplier": 1, "max_channels": 8},
+        "ema": {"decay": 0.9, "start_step": 1, "warmup": True},
+        "model": {"quantizer": {"codebook_size": 32, "dim": 8, "update": "ema", "normalize": True}},
+        "data": {"path": str(photo_folder), "validation_path": str(photo_folder)},
+        "gradient_accumulation": 3,
+        "restart_codes_after": 2,
+        "batch_norm_batches": 2,
+        "evaluate_every": 3,
+        "evaluate_images": 4,
+    }
 
 
 def records(run_dir):
@@ -149,8 +190,13 @@ def test_training_lowers_the_loss(make_config):
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize("options", [{}, {"restart_codes_after": 1, "batch_norm_batches": 2, "schedule": "cosine"}])
-def test_the_same_command_continues_to_the_same_weights(make_config, tmp_path, options):
+@pytest.mark.parametrize("recipe", ["reconstruction", "with restarts and a schedule", "whole"])
+def test_the_same_command_continues_to_the_same_weights(make_config, whole_recipe, tmp_path, recipe):
+    options = {
+        "reconstruction": {},
+        "with restarts and a schedule": {"restart_codes_after": 1, "batch_norm_batches": 2, "schedule": "cosine"},
+        "whole": whole_recipe,
+    }[recipe]
     uninterrupted = VQHiT.from_pretrained(Trainer(make_config(run_dir=str(tmp_path / "whole"), **options)).run())
 
     class StoppedError(Exception):
@@ -172,6 +218,14 @@ def test_the_same_command_continues_to_the_same_weights(make_config, tmp_path, o
     continued = VQHiT.from_pretrained(again.run())
     for name, tensor in continued.state_dict().items():
         assert torch.equal(tensor, uninterrupted.state_dict()[name]), name
+    for path in sorted((tmp_path / "whole" / "checkpoints" / "step_000000006").glob("*.safetensors")):
+        other = load_file(tmp_path / "run" / "checkpoints" / "step_000000006" / path.name)
+        for name, tensor in load_file(path).items():
+            torch.testing.assert_close(other[name], tensor, rtol=0, atol=0, equal_nan=True, msg=f"{path.name}: {name}")
+    if recipe == "whole":
+        evaluations = [(tmp_path / run / "evaluations.jsonl").read_text() for run in ("run", "whole")]
+        assert evaluations[0] == evaluations[1]
+        assert len(evaluations[0].splitlines()) == 2
     timeless = [{k: v for k, v in r.items() if k != "images_per_s"} for r in records(tmp_path / "run")]
     assert timeless == [{k: v for k, v in r.items() if k != "images_per_s"} for r in records(tmp_path / "whole")]
 
@@ -242,3 +296,138 @@ def test_an_unusable_device_is_named(make_config):
     config = make_config()
     with pytest.raises(ConfigError, match="device 'tpu9' cannot be used here"):
         Trainer(config.model_copy(update={"device": "tpu9"}))
+
+
+def test_the_average_is_what_is_evaluated_and_saved(make_config, whole_recipe):
+    trainer = Trainer(make_config(**whole_recipe))
+    folder = trainer.run()
+    final, average = VQHiT.from_pretrained(folder).state_dict(), trainer.ema.model.state_dict()
+    for name, tensor in average.items():
+        assert torch.equal(final[name], tensor), name
+    checkpoint = trainer.folder.checkpoints / "step_000000006"
+    assert torch.equal(VQHiT.from_pretrained(checkpoint).quant_conv.weight, trainer.ema.model.quant_conv.weight)
+    behind = load_file(checkpoint / "trained.safetensors")
+    assert torch.equal(behind["quant_conv.weight"], trainer.model.quant_conv.weight)
+    assert not torch.equal(behind["quant_conv.weight"], final["quant_conv.weight"])
+
+    batches = [from_uint8(torch.stack([trainer.crops[n] for n in range(start, start + 3)])) for start in (0, 3)]
+    model = VQHiT.from_pretrained(folder)
+    reestimate_batch_norm(model, batches)  # the saved statistics are those of the saved, averaged weights
+    name = "backbone.stages.1.cross.norm.running_mean"
+    torch.testing.assert_close(model.state_dict()[name], final[name])
+
+
+def test_evaluations_are_those_of_the_average_on_the_validation_images(make_config, whole_recipe, photo_folder):
+    trainer = Trainer(make_config(**whole_recipe))
+    folder = trainer.run()
+    last = json.loads((trainer.folder.path / "evaluations.jsonl").read_text().splitlines()[-1])
+    expected = evaluate_tokenizer(VQHiT.from_pretrained(folder), photo_folder, limit=4)
+    assert last["step"] == 6
+    for name in ("images", "psnr", "ssim", "codes_used", "codebook_perplexity"):
+        assert last[name] == pytest.approx(expected[name]), name
+
+
+def test_every_term_is_logged(make_config, whole_recipe):
+    trainer = Trainer(make_config(**{**whole_recipe, "log_every": 1}))
+    trainer.run()
+    first, *rest = records(trainer.folder.path)
+    assert "adversarial" not in first  # the discriminator starts at step 1
+    terms = ("reconstruction", "perceptual", "codebook", "adversarial")
+    for record in rest[1:]:
+        assert record["loss"] == pytest.approx(sum(record[name] for name in terms))
+        numbers = ("discriminator", "real_logits", "fake_logits", "r1", "adversarial_weight")
+        assert all(math.isfinite(record[name]) for name in numbers)
+    assert rest[1]["r1"] == rest[2]["r1"] or rest[2]["r1"] == rest[3]["r1"]  # lazy: the latest is repeated
+
+
+def test_moved_codes_are_moved_in_the_average_too(make_config, whole_recipe):
+    trainer = Trainer(make_config(**whole_recipe))
+    images = from_uint8(torch.stack([trainer.crops[sample] for sample in range(3)]))
+    trainer.train_step(images)
+    ours, theirs = trainer.model.quantizer.codebook, trainer.ema.model.quantizer.codebook
+    assert torch.equal(ours, theirs)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_any_update(make_config, whole_recipe):
+    trainer = Trainer(make_config(**{**whole_recipe, "gradient_accumulation": 1}))
+    images = from_uint8(torch.stack([trainer.crops[sample] for sample in range(3)]))
+    trainer.train_step(images)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items() if "running" not in name}
+    trainer.discriminator.final.fc2.weight.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(ValueError, match=r"step 1: the gradient of final\.fc2\.weight is not finite; stopped before"):
+        trainer.train_step(images)
+    for name, tensor in before.items():
+        if "num_batches" not in name:
+            assert torch.equal(trainer.model.state_dict()[name], tensor), name
+
+
+def test_weights_that_cannot_be_had_are_named_before_training(make_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    for kind, known in (("vgg16", "VGG16_CAFFE"), ("lpips", "VGG16_TORCHVISION")):
+        name = getattr(perceptual, known).name
+        monkeypatch.setattr(perceptual, known, KnownFile(name, f"http://127.0.0.1:9/{name}", "0" * 64))
+        expected = f"cannot download .*{name} .*; put that file at .*/torch/hub/checkpoints/{name}, or name where it is"
+        with pytest.raises(ValueError, match=expected):
+            Trainer(make_config(loss={"perceptual": 1.0, "perceptual_network": kind}))
+        with pytest.raises(ValueError, match=r"nowhere\.pth: no such file"):
+            Trainer(
+                make_config(loss={"perceptual": 1.0, "perceptual_network": kind, "perceptual_weights": "nowhere.pth"})
+            )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"loss": {"adversarial": 0.1}},
+            "loss.adversarial needs a discriminator: give its sizes under `discriminator`",
+        ),
+        ({"discriminator": {"resolution": 32}}, "discriminator.resolution 32: the model's images are 16 px"),
+        ({"gradient_accumulation": 2}, "train.gradient_accumulation 2 does not divide the batch of 3"),
+        ({"evaluate_every": 2}, "train.evaluate_every needs data.validation_path: a folder of images"),
+        (
+            {
+                "restart_codes_after": 2,
+                "model": {"quantizer": {"kind": "lfq", "codebook_size": 32, "dim": 5}},
+            },
+            "train.restart_codes_after moves codes of quantizer kind vq; this is lfq",
+        ),
+    ],
+)
+def test_options_that_do_not_fit_together_are_named(make_config, options, message):
+    with pytest.raises(ConfigError, match=message):
+        make_config(**options)
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        {"kind": "fsq", "levels": [4, 4, 4], "dim": 3, "codebook_size": 64},
+        {"kind": "lfq", "dim": 6, "codebook_size": 64},
+        {"kind": "sim_vq", "dim": 8, "codebook_size": 64},
+        {"kind": "vq", "dim": 8, "codebook_size": 64, "gradient": "rotation_trick"},
+    ],
+)
+def test_every_quantizer_trains(make_config, quantizer):
+    trainer = Trainer(make_config(steps=30, model={"quantizer": quantizer}))
+    images = from_uint8(torch.stack([trainer.crops[sample] for sample in range(6)]))
+    losses = [trainer.train_step(images)["reconstruction"] for _ in range(30)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_compiled_parts_train_as_eager_ones_do(make_config, whole_recipe, tmp_path, monkeypatch):
+    # Traced and differentiated ahead of time as always; generating code for it would take the test two minutes.
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend="aot_eager"))
+    values = []
+    for compiled in (False, True):
+        config = make_config(**{**whole_recipe, "run_dir": str(tmp_path / f"{compiled}"), "compile": compiled})
+        trainer = Trainer(config)
+        images = from_uint8(torch.stack([trainer.crops[sample] for sample in range(3)]))
+        values.append([trainer.train_step(images) for _ in range(3)])
+        assert not any("_orig_mod" in name for name in trainer.model.state_dict())
+    for eager, other in zip(*values, strict=True):
+        for name, value in eager.items():
+            assert other[name] == pytest.approx(value, rel=2e-3, abs=1e-5), name

@@ -74,7 +74,8 @@ class TokenizerObjective:
 
     `autocast` covers the autoencoder and the perceptual network; the codebook, all losses and the discriminator run in
     the precision of the images. The reconstruction is a leaf between the losses and the autoencoder: each loss's graph
-    is freed before the autoencoder's backward pass, and the adaptive weight costs no second pass through the losses.
+    is freed before the autoencoder's backward pass, and the adaptive weight costs no second pass through the losses (in
+    a compiled model, whose backward pass cannot be cut short, it costs two more of the autoencoder).
     """
 
     def __init__(
@@ -111,10 +112,10 @@ class TokenizerObjective:
             gradient = gradient + adversarial_gradient
             found = self._discriminator_backward(images, fake_logits, step, share) | {"adversarial_weight": weight}
         terms["codebook"] = self.config.codebook * output.codebook_loss
-        torch.autograd.backward(
-            [output.reconstruction, terms["codebook"]],
-            [share * gradient.to(output.reconstruction.dtype), torch.full_like(terms["codebook"], share)],
-        )
+        ends, gradients = [output.reconstruction], [share * gradient.to(output.reconstruction.dtype)]
+        if terms["codebook"].requires_grad:  # FSQ has no loss
+            ends, gradients = [*ends, terms["codebook"]], [*gradients, torch.full_like(terms["codebook"], share)]
+        torch.autograd.backward(ends, gradients)
         terms = {name: term.detach() for name, term in terms.items()}
         detached = VQHiTOutput(*(tensor.detach() for tensor in output))
         return detached, {**terms, **found, "loss": torch.stack(list(terms.values())).sum()}

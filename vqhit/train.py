@@ -57,6 +57,8 @@ class Trainer:
             self.optimizers["discriminator"] = Optimizer(self.discriminator, settings, train.steps)
         self.ema = EMA(self.model, config.ema) if config.ema.decay else None
         if train.compile:  # after the average's copy, which is not compiled
+            if loss.adaptive:  # goes backward through the compiled decoder more than once
+                torch._functorch.config.donated_buffer = False
             self.model.encoder.compile()
             self.model.stem.compile()
             self.model.backbone.compile()
