@@ -59,7 +59,10 @@ def test_overrides_reach_nested_keys_and_are_typed_as_yaml(tmp_path, demo_text):
             "model.quantizer.codebook_sise=4",
             "model.quantizer.codebook_sise: unknown key; did you mean 'codebook_size'?",
         ),
-        ("zzz=4", "zzz: unknown key; allowed: run_dir, seed, device, model, data, loss, optimizer, train"),
+        (
+            "zzz=4",
+            "zzz: unknown key; allowed: run_dir, seed, device, model, discriminator, data, loss, optimizer, discriminator_optimizer, ema, train",
+        ),
         ("train.batch_size='4'", "train.batch_size: found '4'; input should be a valid integer"),
         ("train.batch_size=4.5", "train.batch_size: found 4.5; input should be a valid integer"),
         ("train.batch_size=true", "train.batch_size: found True; input should be a valid integer"),

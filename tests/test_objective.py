@@ -214,7 +214,7 @@ def test_the_steps_of_lazy_r1(make_trainer, tmp_path):
 
 def test_gradients_accumulate_to_those_of_the_whole_batch(make_trainer, tmp_path):
     whole = make_trainer(run_dir=str(tmp_path / "whole"))
-    parts = make_trainer(run_dir=str(tmp_path / "parts"), train={"gradient_accumulation": 2})
+    parts = make_trainer(run_dir=str(tmp_path / "parts"), train={"micro_batch_size": 3})
     for trainer in (whole, parts):
         trainer.model.eval()  # batch norm: in training its statistics are those of each part
     first, second = (trainer.train_step(batch()) for trainer in (whole, parts))

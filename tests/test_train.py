@@ -67,7 +67,7 @@ def whole_recipe(squeezenet, photo_folder):
         "ema": {"decay": 0.9, "start_step": 1, "warmup": True},
         "model": {"quantizer": {"codebook_size": 32, "dim": 8, "update": "ema", "normalize": True}},
         "data": {"path": str(photo_folder), "validation_path": str(photo_folder)},
-        "gradient_accumulation": 3,
+        "micro_batch_size": 2,
         "restart_codes_after": 2,
         "batch_norm_batches": 2,
         "evaluate_every": 3,
@@ -349,7 +349,7 @@ def test_moved_codes_are_moved_in_the_average_too(make_config, whole_recipe):
 
 
 def test_a_gradient_that_is_not_finite_stops_before_any_update(make_config, whole_recipe):
-    trainer = Trainer(make_config(**{**whole_recipe, "gradient_accumulation": 1}))
+    trainer = Trainer(make_config(**{**whole_recipe, "micro_batch_size": 3}))
     images = from_uint8(torch.stack([trainer.crops[sample] for sample in range(3)]))
     trainer.train_step(images)
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items() if "running" not in name}
@@ -359,6 +359,11 @@ def test_a_gradient_that_is_not_finite_stops_before_any_update(make_config, whol
     for name, tensor in before.items():
         if "num_batches" not in name:
             assert torch.equal(trainer.model.state_dict()[name], tensor), name
+
+
+def test_a_validation_folder_that_is_not_there_is_named_before_training(make_config, tmp_path):
+    with pytest.raises(ValueError, match="nowhere: no such folder of images"):
+        Trainer(make_config(evaluate_every=2, data={"validation_path": str(tmp_path / "nowhere")}))
 
 
 def test_weights_that_cannot_be_had_are_named_before_training(make_config, tmp_path, monkeypatch):
@@ -385,7 +390,6 @@ def test_weights_that_cannot_be_had_are_named_before_training(make_config, tmp_p
             "loss.adversarial needs a discriminator: give its sizes under `discriminator`",
         ),
         ({"discriminator": {"resolution": 32}}, "discriminator.resolution 32: the model's images are 16 px"),
-        ({"gradient_accumulation": 2}, "train.gradient_accumulation 2 does not divide the batch of 3"),
         ({"evaluate_every": 2}, "train.evaluate_every needs data.validation_path: a folder of images"),
         (
             {

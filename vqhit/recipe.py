@@ -26,8 +26,8 @@ class TrainConfig(Config):
 
     steps: Count
     batch_size: Count
-    gradient_accumulation: Count = 1
-    """Parts of a batch that pass through the networks one after the other, to bound memory."""
+    micro_batch_size: Count | None = None
+    """Images that pass through the networks at a time, to bound memory; the gradients of a batch accumulate."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 runs the autoencoder and the perceptual network under autocast; all else stays float32."""
     compile: Flag = False
@@ -74,11 +74,6 @@ class RunConfig(Config):
             raise ValueError(
                 f"discriminator.resolution {self.discriminator.resolution}: the model's images are "
                 f"{self.model.image_size} px"
-            )
-        if self.train.batch_size % self.train.gradient_accumulation:
-            raise ValueError(
-                f"train.gradient_accumulation {self.train.gradient_accumulation} does not divide the batch of "
-                f"{self.train.batch_size}"
             )
         if self.train.restart_codes_after and self.model.quantizer.kind != "vq":
             raise ValueError(

@@ -42,6 +42,7 @@ class Trainer:
         self.folder = RunFolder(config.run_dir)
         self.device = select_device(config.device)
         self.paths = list_images(config.data.path)
+        self.validation_paths = self._validation_paths()
         loss, train = config.loss, config.train
         perceptual = None
         if loss.perceptual:
@@ -75,6 +76,12 @@ class Trainer:
         self.r1 = math.nan
         self.folder.claim(config, CHANGEABLE)
         self._resume()
+
+    def _validation_paths(self) -> list[Path]:
+        config = self.config
+        if not config.train.evaluate_every or config.data.validation_path is None:
+            return []
+        return evenly_spaced(list_images(config.data.validation_path), config.train.evaluate_images)
 
     @property
     def evaluated_model(self) -> VQHiT:
@@ -120,7 +127,7 @@ class Trainer:
             optimizer.zero_grad()
         outputs: list[VQHiTOutput] = []
         values: dict[str, float] = {}
-        for part in images.chunk(self.config.train.gradient_accumulation):
+        for part in images.split(self.config.train.micro_batch_size or len(images)):
             share = len(part) / len(images)
             output, found = self.objective.backward(part, self.step, share)
             outputs.append(output)
@@ -230,11 +237,8 @@ class Trainer:
         compare_grid(pairs).save(grids / f"step_{self.step:09d}.png")
 
     def _evaluate(self) -> None:
-        config = self.config
-        assert config.data.validation_path is not None
-        paths = evenly_spaced(list_images(config.data.validation_path), config.train.evaluate_images)
         with self._evaluating() as model:
-            measured = measure(model, paths, config.train.batch_size, config.data.workers)
+            measured = measure(model, self.validation_paths, self.config.train.batch_size, self.config.data.workers)
         self.folder.append(EVALUATIONS, {"step": self.step, **measured.result()})
 
     @contextmanager
