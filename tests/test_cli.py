@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import save_file
+from torchvision import models
 
-from vqhit import VQHiT
-from vqhit.train import RunConfig
+from vqhit import VQHiT, VQHiTConfig
+from vqhit.recipe import RunConfig
 
 
 def vqhit(*arguments, cwd=None):
@@ -127,19 +129,38 @@ def test_user_mistakes_are_one_line_each(model_folder, photo_folder, tmp_path):
     assert not (tmp_path / "eval.json").exists()
 
 
-def test_the_imagenet_config_takes_two_steps_on_a_folder_of_photographs(photo_folder, tmp_path):
+def test_the_imagenet_config_takes_a_step_of_the_whole_recipe(photo_folder, tmp_path):
     config = Path(__file__).parent.parent / "configs" / "vqhit_imagenet256.yaml"
+    features = models.squeezenet1_1(weights=None).features.state_dict(prefix="features.")
+    save_file(features, tmp_path / "features.safetensors")
     overrides = [
-        "train.steps=2",
+        "train.steps=1",
         "train.batch_size=2",
+        "train.precision=float32",
+        "train.batch_norm_batches=1",
         "device=cpu",
         "data.workers=0",
         "train.log_every=1",
         "train.grid_every=0",
+        "loss.perceptual_network=features",
+        "loss.perceptual_features={network: squeezenet1_1, layers: [1]}",
+        "loss.perceptual_weights=features.safetensors",
     ]
     result = vqhit("train", config, f"data.path={photo_folder}", *overrides, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     run_dir = tmp_path / "runs" / "vqhit_imagenet256"
-    assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 2
+    record = json.loads((run_dir / "metrics.jsonl").read_text())
+    assert {"reconstruction", "perceptual", "adversarial", "codebook", "discriminator", "r1"} <= record.keys()
     assert RunConfig.from_yaml(run_dir / "config.yaml").train.batch_size == 2
     assert (run_dir / "model" / "model.safetensors").stat().st_size > 4 * 57e6
+
+
+def test_the_configurations_are_valid_and_the_models_are_their_presets():
+    configs = Path(__file__).parent.parent / "configs"
+    found = {path.stem: RunConfig.from_yaml(path) for path in configs.glob("*.yaml")}
+    assert found["vqhit_imagenet256"].model == VQHiTConfig.preset("vqhit-b-256")
+    paper = found["vqhit_imagenet256"]
+    assert (paper.loss.perceptual, paper.loss.perceptual_network, paper.loss.adversarial) == (5e-5, "vgg16", 0.1)
+    assert (paper.loss.r1, paper.loss.r1_every, paper.train.batch_size, paper.train.steps) == (10, 1, 256, 500_000)
+    for optimizer in (paper.optimizer, paper.discriminator_optimizer):
+        assert (optimizer.beta1, optimizer.beta2, optimizer.learning_rate) == (0.0, 0.99, 1e-4)

@@ -7,7 +7,7 @@ import pytest
 
 from vqhit.config import ConfigError
 from vqhit.models import VQHiTConfig
-from vqhit.train import RunConfig
+from vqhit.recipe import RunConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -61,7 +61,8 @@ def test_overrides_reach_nested_keys_and_are_typed_as_yaml(tmp_path, demo_text):
         ),
         (
             "zzz=4",
-            "zzz: unknown key; allowed: run_dir, seed, device, model, discriminator, data, loss, optimizer, discriminator_optimizer, ema, train",
+            "zzz: unknown key; allowed: run_dir, seed, device, model, discriminator, data, loss, optimizer, "
+            "discriminator_optimizer, ema, train",
         ),
         ("train.batch_size='4'", "train.batch_size: found '4'; input should be a valid integer"),
         ("train.batch_size=4.5", "train.batch_size: found 4.5; input should be a valid integer"),
