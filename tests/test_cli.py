@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision import models
 
-from vqhit import VQHiT, VQHiTConfig
+from vqhit import VQHiT
 from vqhit.recipe import RunConfig
 
 
@@ -142,6 +142,7 @@ def test_the_imagenet_config_takes_a_step_of_the_whole_recipe(photo_folder, tmp_
         "data.workers=0",
         "train.log_every=1",
         "train.grid_every=0",
+        "discriminator.max_channels=16",  # the paper's 512 take minutes on a CPU
         "loss.perceptual_network=features",
         "loss.perceptual_features={network: squeezenet1_1, layers: [1]}",
         "loss.perceptual_weights=features.safetensors",
@@ -153,14 +154,3 @@ def test_the_imagenet_config_takes_a_step_of_the_whole_recipe(photo_folder, tmp_
     assert {"reconstruction", "perceptual", "adversarial", "codebook", "discriminator", "r1"} <= record.keys()
     assert RunConfig.from_yaml(run_dir / "config.yaml").train.batch_size == 2
     assert (run_dir / "model" / "model.safetensors").stat().st_size > 4 * 57e6
-
-
-def test_the_configurations_are_valid_and_the_models_are_their_presets():
-    configs = Path(__file__).parent.parent / "configs"
-    found = {path.stem: RunConfig.from_yaml(path) for path in configs.glob("*.yaml")}
-    assert found["vqhit_imagenet256"].model == VQHiTConfig.preset("vqhit-b-256")
-    paper = found["vqhit_imagenet256"]
-    assert (paper.loss.perceptual, paper.loss.perceptual_network, paper.loss.adversarial) == (5e-5, "vgg16", 0.1)
-    assert (paper.loss.r1, paper.loss.r1_every, paper.train.batch_size, paper.train.steps) == (10, 1, 256, 500_000)
-    for optimizer in (paper.optimizer, paper.discriminator_optimizer):
-        assert (optimizer.beta1, optimizer.beta2, optimizer.learning_rate) == (0.0, 0.99, 1e-4)

@@ -29,11 +29,19 @@ def test_every_config_file_loads_and_survives_a_round_trip(path, tmp_path):
     assert load(tmp_path, config.to_yaml()) == config
 
 
-def test_imagenet_config_is_the_papers_model_and_optimizer():
+def test_imagenet_config_is_the_papers_recipe():
     config = RunConfig.from_yaml(CONFIGS / "vqhit_imagenet256.yaml")
     assert config.model == VQHiTConfig.preset("vqhit-b-256")
-    assert (config.optimizer.learning_rate, config.optimizer.beta1, config.optimizer.beta2) == (1e-4, 0.0, 0.99)
+    for optimizer in (config.optimizer, config.discriminator_optimizer):
+        assert (optimizer.learning_rate, optimizer.beta1, optimizer.beta2) == (1e-4, 0.0, 0.99)
+        assert (optimizer.schedule, optimizer.warmup_steps) == ("constant", 0)
     assert (config.train.batch_size, config.train.steps) == (256, 500_000)
+    loss = config.loss
+    assert (loss.reconstruction, loss.perceptual, loss.perceptual_network) == (1, 5e-5, "vgg16")
+    assert (loss.adversarial, loss.adaptive, loss.gan, loss.r1, loss.r1_every) == (0.1, False, "non_saturating", 10, 1)
+    assert (config.discriminator.resolution, config.discriminator.channel_multiplier) == (256, 2)
+    assert config.discriminator.pool == "blur"
+    assert not (config.discriminator.equalized_lr or config.discriminator.minibatch_stddev)
 
 
 def test_overrides_reach_nested_keys_and_are_typed_as_yaml(tmp_path, demo_text):
