@@ -41,7 +41,8 @@ def test_imagenet_config_is_the_papers_recipe():
     assert (loss.adversarial, loss.adaptive, loss.gan, loss.r1, loss.r1_every) == (0.1, False, "non_saturating", 10, 1)
     assert (config.discriminator.resolution, config.discriminator.channel_multiplier) == (256, 2)
     assert config.discriminator.pool == "blur"
-    assert not (config.discriminator.equalized_lr or config.discriminator.minibatch_stddev)
+    assert not config.discriminator.equalized_lr
+    assert not config.discriminator.minibatch_stddev
 
 
 def test_overrides_reach_nested_keys_and_are_typed_as_yaml(tmp_path, demo_text):
