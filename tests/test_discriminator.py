@@ -115,7 +115,7 @@ def test_a_wrong_shape_is_named(shape):
 def test_impossible_sizes_are_named():
     with pytest.raises(ConfigError, match="resolution: found 100; allowed: 8, 16, 32, 64, 128, 256, 512, 1024"):
         DiscriminatorConfig(resolution=100)
-    with pytest.raises(ValueError, match="a batch of 6 does not divide into groups of 4"):
+    with pytest.raises(ValueError, match="minibatch_stddev: a batch of 6; allowed: up to 4, or a multiple of it"):
         minibatch_stddev(torch.zeros(6, 2, 4, 4))
 
 

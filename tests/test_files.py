@@ -110,12 +110,14 @@ def test_a_given_path_is_verified_and_nothing_is_downloaded(tmp_path):
 
 
 def test_the_digits_in_a_name_of_torchvisions_are_checked(tmp_path):
-    right, wrong, without = (tmp_path / f"net{end}.pth" for end in (f"-{HASH[:8]}", "-00000000", "-features"))
-    for path in (right, wrong, without):
+    right, wrong, without, date = (
+        tmp_path / f"net{end}.pth" for end in (f"-{HASH[:8]}", "-0000000a", "-features", "-20240131")
+    )
+    for path in (right, wrong, without, date):
         path.write_bytes(CONTENT)
-    check_hash(right)
-    check_hash(without)
-    with pytest.raises(ValueError, match="expected 00000000"):
+    for path in (right, without, date):
+        check_hash(path)
+    with pytest.raises(ValueError, match="expected 0000000a, as in its name"):
         check_hash(wrong)
 
 

@@ -1,11 +1,16 @@
 """Perceptual losses: their scale, their weights, what they refuse."""
 
+import functools
+import http.server
 import io
+import threading
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
+from torchvision.models import VGG16_Weights
 
 from vqhit import perceptual
 from vqhit.config import ConfigError
@@ -137,8 +142,9 @@ def test_equal_images_have_no_distance(published, pair):
         assert perceptual_network(kind, published)(pair[1], pair[1]).item() == 0
 
 
-def test_under_autocast_the_squares_are_float32(published, pair):
-    loss = perceptual_network("vgg16", published)
+@pytest.mark.parametrize("kind", ["vgg16", "lpips"])
+def test_under_autocast_the_squares_are_float32(published, pair, kind):
+    loss = perceptual_network(kind, published)
     with torch.autocast("cpu", torch.bfloat16):
         found = loss(*pair)
     assert found.dtype == torch.float32
@@ -167,6 +173,48 @@ def test_features_of_any_network_with_its_preprocessing(squeezenet, pair):
         )
         expected = expected + (ours - theirs).square().mean()
     torch.testing.assert_close(found, expected)
+
+
+def test_a_layer_is_not_overwritten_by_the_next(squeezenet, pair):
+    loss = perceptual_network("features", squeezenet[1], FeaturesConfig(**{**SQUEEZENET, "layers": [0, 1]}))
+    convolution, relu = loss.activations(pair[0])
+    assert convolution.min() < 0
+    torch.testing.assert_close(convolution.relu(), relu)
+
+
+def test_weights_in_half_precision_are_read(squeezenet, pair, tmp_path):
+    half = {f"features.{name}": tensor.half() for name, tensor in squeezenet[0].state_dict().items()}
+    save_file(half, tmp_path / "half.safetensors")
+    found = perceptual_network("features", tmp_path / "half.safetensors", FeaturesConfig(**SQUEEZENET))(*pair)
+    expected = perceptual_network("features", squeezenet[1], FeaturesConfig(**SQUEEZENET))(*pair)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=0)
+
+
+def test_the_published_files_and_the_preprocessing_are_torchvisions():
+    caffe, own = VGG16_Weights.IMAGENET1K_FEATURES, VGG16_Weights.IMAGENET1K_V1
+    for known, weights in ((perceptual.VGG16_CAFFE, caffe), (perceptual.VGG16_TORCHVISION, own)):
+        assert known.url == weights.url
+        assert known.name == Path(weights.url).name
+        assert known.sha256.startswith(Path(weights.url).stem.rsplit("-", 1)[1])
+    transform, ours = caffe.transforms(), perceptual._VGG16_CONV4_3
+    assert (list(ours.mean), list(ours.std)) == (list(transform.mean), list(transform.std))
+    assert (ours.channel_order, ours.max_value) == ("rgb", 1)
+
+
+@pytest.mark.parametrize("kind", ["vgg16", "lpips"])
+def test_weights_are_downloaded_into_the_cache_and_used_from_there(vgg16_file, kind, pair, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=vgg16_file.parent)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/{vgg16_file.name}"
+        for name in ("VGG16_CAFFE", "VGG16_TORCHVISION"):
+            monkeypatch.setattr(perceptual, name, KnownFile(f"{name}.pth", url, sha256(vgg16_file)))
+        first = perceptual_network(kind)(*pair)
+        server.shutdown()
+    torch.testing.assert_close(perceptual_network(kind)(*pair), first)  # offline now
+    assert len(list((tmp_path / "hub" / "checkpoints").iterdir())) == 1
 
 
 def test_the_wrong_file_is_refused(published, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vqhit import VQHiT, VQHiTConfig
+from vqhit.codebook import CodebookTraining
 from vqhit.quantizer import QuantizerConfig
 from vqhit.vector_quantize import build_quantizer
 
@@ -70,6 +71,36 @@ def test_tokens_are_those_of_float32_under_autocast(config, quantizer):
         quantized = quantizer(latents)
     assert torch.equal(quantized.tokens, quantizer(latents).tokens)
     assert quantized.loss.dtype == torch.float32
+
+
+def test_lookup_is_exact_under_autocast(config, quantizer):
+    tokens = torch.arange(config.codebook_size).view(1, 1, -1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(quantizer.lookup(tokens), quantizer.lookup(tokens).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_of_another_precision_works_with_it(tiny_config, config, tmp_path, dtype):
+    VQHiT(VQHiTConfig(**{**dict(tiny_config), "quantizer": config})).save_pretrained(tmp_path)
+    model = VQHiT.from_pretrained(tmp_path, dtype=dtype)
+    images = (torch.rand(2, 3, 16, 16) * 2 - 1).to(dtype)
+    assert model.decode(model.encode(images)).dtype == dtype
+    assert model(images).reconstruction.dtype == dtype
+
+
+def test_what_is_decoded_at_first_has_about_the_stated_deviation(config, quantizer):
+    if config.kind == "vq" and not config.normalize:
+        pytest.skip("starts at taming's ±1/K until codes are moved or learned")
+    codes = quantizer(0.2 * latents_for(config, 50)).latents
+    assert codes.std().item() == pytest.approx(config.code_std, rel=0.5)
+
+
+def test_the_rotation_trick_needs_its_library_for_gradients_only(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vector_quantize_pytorch", None)
+    quantizer = build_quantizer(QuantizerConfig(**KINDS["vq, rotation"]))
+    quantizer(torch.randn(1, 5, 2, 2))  # as in encode
+    with pytest.raises(ValueError, match="this codebook needs vector-quantize-pytorch"):
+        CodebookTraining(quantizer, 0, 0)
 
 
 def test_a_model_is_saved_and_loaded_with_it(tiny_config, config, tmp_path):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vqhit.quantizer import Quantizer
+from vqhit.quantizer import Quantizer, import_vector_quantize
 
 
 class CodebookAverage:
@@ -93,6 +93,8 @@ class CodebookTraining:
         self.codebook, self.seed, self.restart_after = quantizer.codebook, seed, restart_after
         self.quantizer = quantizer
         config = quantizer.config
+        if config.gradient == "rotation_trick":  # needed for gradients only: find out before the first one
+            import_vector_quantize()
         self.average = CodebookAverage(self.codebook, config.ema_decay) if config.update == "ema" else None
         self.dead_codes = DeadCodes(config.codebook_size, restart_after)
 

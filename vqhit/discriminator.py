@@ -1,5 +1,6 @@
 """The residual convolutional discriminator of HiT-GAN: StyleGAN2's (Karras et al. 2020), without its tricks."""
 
+import functools
 import math
 from itertools import pairwise
 from typing import Literal
@@ -85,9 +86,15 @@ def _effective(weight: Tensor, equalized: bool) -> Tensor:
 
 def blur_pool(x: Tensor) -> Tensor:
     """Halve a map after smoothing it with [1 3 3 1] along both axes, zeros outside: (B, C, H, W), H and W even."""
-    taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype, device=x.device) / 8
-    kernel = torch.outer(taps, taps).expand(x.shape[1], 1, 4, 4)
+    kernel = _blur_kernel(x.dtype, x.device).expand(x.shape[1], 1, 4, 4)
     return F.conv2d(x, kernel, stride=2, padding=1, groups=x.shape[1])
+
+
+@functools.cache
+def _blur_kernel(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Made once: every copy to a GPU would wait for it."""
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=dtype) / 8
+    return torch.outer(taps, taps).to(device)
 
 
 def average_pool(x: Tensor) -> Tensor:
@@ -95,11 +102,14 @@ def average_pool(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 2)
 
 
-def minibatch_stddev(x: Tensor, group: int = 4) -> Tensor:
+STDDEV_GROUP = 4
+
+
+def minibatch_stddev(x: Tensor, group: int = STDDEV_GROUP) -> Tensor:
     """Append a channel with the mean standard deviation over groups of the batch: (B, C, H, W) -> (B, C + 1, H, W)."""
     batch, channels, height, width = x.shape
     if batch % (group := min(group, batch)):
-        raise ValueError(f"a batch of {batch} does not divide into groups of {group} (minibatch_stddev)")
+        raise ValueError(f"minibatch_stddev: a batch of {batch}; allowed: up to {group}, or a multiple of it")
     spread = x.view(group, -1, channels, height, width).var(0, unbiased=False)
     stddev = (spread + 1e-8).sqrt().mean((1, 2, 3))  # one number per group
     return torch.cat([x, stddev.repeat(group).view(batch, 1, 1, 1).expand(-1, 1, height, width)], 1)
@@ -145,8 +155,8 @@ class Head(nn.Module):
 class Discriminator(nn.Module):
     """Image to logit: (B, 3, H, W) in [-1, 1] -> (B, 1), larger for more real (HiT-GAN's official code, equal to it).
 
-    No normalisation and no attention: every layer has a second derivative, as R1 needs. Raises `ValueError` for a wrong
-    shape.
+    No normalisation and no attention: autograd can differentiate every layer twice, as R1 needs. Raises `ValueError`
+    for a wrong shape.
     """
 
     def __init__(self, config: DiscriminatorConfig) -> None:

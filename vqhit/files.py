@@ -7,7 +7,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-_HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.\w+$")
+_HASH_IN_NAME = re.compile(r"-(?=\d*[a-f])([0-9a-f]{8}|[0-9a-f]{64})\.\w+$")  # all digits: perhaps a date
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -49,11 +49,11 @@ class KnownFile:
     sha256: str
     """Hexadecimal; the first digits where no more are published."""
 
-    def find(self, path: Path | str | None = None) -> Path:
+    def find(self, path: Path | str | None = None, key: str = "path") -> Path:
         """Return `path`, or the file in torchvision's cache, downloaded if need be, once its hash is checked.
 
         The cache is `torch.hub.get_dir()`/checkpoints (`TORCH_HOME` moves it). Raises `ValueError` that says which file
-        to put where if it cannot be had, or is another.
+        to put where, or to name under `key`, if it cannot be had or is another.
         """
         import torch
 
@@ -67,8 +67,8 @@ class KnownFile:
                 torch.hub.download_url_to_file(self.url, str(cached), hash_prefix=self.sha256)
             except (OSError, RuntimeError) as error:  # no network, no space, no such file, another hash
                 raise ValueError(
-                    f"cannot download {self.url} ({' '.join(str(error).split())}); put that file at {cached}, or name "
-                    f"where it is (sha256 {self.sha256}{'' if len(self.sha256) == 64 else '...'})"
+                    f"cannot download {self.url} ({' '.join(str(error).split())}); put that file at {cached}, or its "
+                    f"place in {key} (sha256 {self.sha256}{'' if len(self.sha256) == 64 else '...'})"
                 ) from None
         check_hash(cached, self.sha256)
         return cached
@@ -81,8 +81,9 @@ def check_hash(path: Path, expected: str | None = None) -> None:
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
+    origin = ""
     if expected is None:
         in_name = _HASH_IN_NAME.search(path.name)
-        expected = in_name[1] if in_name else ""
+        expected, origin = in_name[1] if in_name else "", ", as in its name"
     if expected and not (found := sha256(path)).startswith(expected):
-        raise ValueError(f"{path}: another file, or damaged: its sha256 is {found}, expected {expected}")
+        raise ValueError(f"{path}: another file, or damaged: its sha256 is {found}, expected {expected}{origin}")

@@ -172,7 +172,7 @@ class VQHiT(Pretrained):
 
     def lookup(self, tokens: Tensor) -> Tensor:
         """Tokens (B, h, w) or (B, h*w) int64 to codebook vectors (B, C, h, w)."""
-        return self.quantizer.lookup(self._checked_tokens(tokens))
+        return self.quantizer.lookup(self._checked_tokens(tokens)).to(self.quant_conv.weight.dtype)
 
     def decode_latents(self, quantized: Tensor) -> Tensor:
         """Codebook vectors (B, C, h, w) to image (B, 3, H, W): differentiable, unclamped."""

@@ -40,7 +40,7 @@ class LossConfig(Config):
     """λ2 of eq. 5; the paper has 0.1."""
     gan: GANLoss = "non_saturating"
     adaptive: Flag = False
-    """Multiply λ2 by VQGAN's ratio of gradients at the weight of the last layer to RGB."""
+    """Multiply λ2 by VQGAN's ratio of gradients at the weight of the last layer to RGB, for each micro-batch."""
     adaptive_max: Positive = 1e4
     adversarial_warmup_steps: NonNegativeInt = 0
     """Steps over which λ2 grows linearly from the discriminator's start."""
@@ -92,7 +92,7 @@ class TokenizerObjective:
     def backward(self, images: Tensor, step: int, share: float = 1.0) -> tuple[VQHiTOutput, dict[str, Tensor]]:
         """Add `share` times the gradients of a batch (B, 3, H, W) in [-1, 1] to those of both networks.
 
-        Returns the output, detached, and by name: each weighed term of the autoencoder's loss, their sum `loss`, the
+        Returns the output, detached, and by name: each weighted term of the autoencoder's loss, their sum `loss`, the
         terms of the discriminator's, its logits, and the weight of the adversarial term.
         """
         with self.autocast:
@@ -112,10 +112,10 @@ class TokenizerObjective:
             gradient = gradient + adversarial_gradient
             found = self._discriminator_backward(images, fake_logits, step, share) | {"adversarial_weight": weight}
         terms["codebook"] = self.config.codebook * output.codebook_loss
-        ends, gradients = [output.reconstruction], [share * gradient.to(output.reconstruction.dtype)]
+        sources, gradients = [output.reconstruction], [share * gradient.to(output.reconstruction.dtype)]
         if terms["codebook"].requires_grad:  # FSQ has no loss
-            ends, gradients = [*ends, terms["codebook"]], [*gradients, torch.full_like(terms["codebook"], share)]
-        torch.autograd.backward(ends, gradients)
+            sources, gradients = [*sources, terms["codebook"]], [*gradients, torch.full_like(terms["codebook"], share)]
+        torch.autograd.backward(sources, gradients)
         terms = {name: term.detach() for name, term in terms.items()}
         detached = VQHiTOutput(*(tensor.detach() for tensor in output))
         return detached, {**terms, **found, "loss": torch.stack(list(terms.values())).sum()}
@@ -123,17 +123,17 @@ class TokenizerObjective:
     def _adversarial(
         self, fake_logits: Tensor, reconstruction: Tensor, output: Tensor, gradient: Tensor, step: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The weighed adversarial term, its weight, and its gradient at the reconstruction."""
+        """The weighted adversarial term, its weight, and its gradient at the reconstruction."""
         term = generator_loss(fake_logits, self.config.gan)
         (at_reconstruction,) = torch.autograd.grad(term, reconstruction, retain_graph=True)
         weight = term.new_tensor(self.config.adversarial_weight(step))
         if self.config.adaptive:
             last = self.model.backbone.last_layer.weight
-            ours, theirs = (
-                torch.autograd.grad(output, last, one.to(output.dtype), retain_graph=True)[0]
-                for one in (gradient, at_reconstruction)
+            of_image_terms, of_adversarial = (
+                torch.autograd.grad(output, last, at_output.to(output.dtype), retain_graph=True)[0]
+                for at_output in (gradient, at_reconstruction)
             )
-            weight = weight * adaptive_weight(ours, theirs, self.config.adaptive_max)
+            weight = weight * adaptive_weight(of_image_terms, of_adversarial, self.config.adaptive_max)
         return weight * term.detach(), weight, weight * at_reconstruction
 
     def _discriminator_backward(

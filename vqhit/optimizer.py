@@ -10,7 +10,11 @@ from vqhit.config import Config, Decay, NonNegativeInt, Positive
 
 
 class OptimizerConfig(Config):
-    """Adam, with the paper's settings as defaults (appendix A.5)."""
+    """Adam, with the paper's settings as defaults (appendix A.5).
+
+    Departure: the official code's Keras adds its epsilon, 1e-7, outside the bias correction, torch 1e-8 inside. Updates
+    differ where gradients are below about 1e-5, in the first steps.
+    """
 
     learning_rate: Positive = 1e-4
     beta1: Decay = 0.0
@@ -21,22 +25,25 @@ class OptimizerConfig(Config):
 
 
 class Optimizer:
-    """Adam over the trainable parameters of a module that is trained for `steps` steps."""
+    """Adam over the trainable parameters of a module that is trained from `first_step` up to `steps`."""
 
-    def __init__(self, module: nn.Module, config: OptimizerConfig, steps: int) -> None:
-        self.module, self.config, self.steps = module, config, steps
+    def __init__(self, module: nn.Module, config: OptimizerConfig, steps: int, first_step: int = 0) -> None:
+        self.module, self.config = module, config
+        self.first_step, self.trained_steps = first_step, steps - first_step
         self.parameters = {name: tensor for name, tensor in module.named_parameters() if tensor.requires_grad}
         self.adam = torch.optim.Adam(
             self.parameters.values(), lr=config.learning_rate, betas=(config.beta1, config.beta2)
         )
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate of the update after `step` steps: linear warm-up, then constant or cosine."""
-        rate, warmup = self.config.learning_rate, self.config.warmup_steps
+        """Learning rate after `step` steps of the run: 0 before the start, linear warm-up, then constant or cosine."""
+        rate, warmup, step = self.config.learning_rate, self.config.warmup_steps, step - self.first_step
+        if step < 0:
+            return 0.0
         if step < warmup:
             return rate * (step + 1) / warmup
         if self.config.schedule == "cosine":
-            done = (step - warmup) / max(1, self.steps - warmup)
+            done = (step - warmup) / max(1, self.trained_steps - warmup)
             return rate * 0.5 * (1 + math.cos(math.pi * done))
         return rate
 
@@ -49,8 +56,9 @@ class Optimizer:
         norms = {name: p.grad.norm() for name, p in self.parameters.items() if p.grad is not None}
         total = float(torch.stack(list(norms.values())).norm()) if norms else 0.0
         if not math.isfinite(total):
-            name = next((name for name, norm in norms.items() if not torch.isfinite(norm)), "all parameters together")
-            raise ValueError(f"the gradient of {name} is not finite")
+            bad = [name for name, norm in norms.items() if not torch.isfinite(norm)]
+            what = f"the gradient of {bad[0]} is not finite" if bad else "the norm of the gradient is out of range"
+            raise ValueError(f"{type(self.module).__name__}: {what}")
         return total
 
     def step(self, step: int) -> None:
@@ -59,11 +67,15 @@ class Optimizer:
             group["lr"] = self.learning_rate(step)
         self.adam.step()
 
-    def forget(self, parameter: Tensor, rows: Tensor) -> None:
-        """Set the averages of some rows of a parameter to zero: those rows have no past."""
-        for average in ("exp_avg", "exp_avg_sq"):
-            if state := self.adam.state.get(parameter):
-                state[average][rows] = 0
+    def reset_rows(self, parameter: Tensor, rows: Tensor) -> None:
+        """Forget the past of some rows of a parameter: no momentum, and the mean squared gradient of all rows.
+
+        A squared gradient of zero would make their next step many times the learning rate: Adam corrects its bias by
+        the age of the parameter, not of the row.
+        """
+        if state := self.adam.state.get(parameter):
+            state["exp_avg"][rows] = 0
+            state["exp_avg_sq"][rows] = state["exp_avg_sq"].mean(0)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return Adam's state by parameter name: `<parameter>/exp_avg`, `/exp_avg_sq`, `/step`."""

@@ -72,7 +72,7 @@ def perceptual_network(
             )
         check_hash(Path(weights))
         return FeatureDistance(features, _read_weights(Path(weights)), str(weights))
-    path = (VGG16_CAFFE if kind == "vgg16" else VGG16_TORCHVISION).find(weights)
+    path = (VGG16_CAFFE if kind == "vgg16" else VGG16_TORCHVISION).find(weights, key="loss.perceptual_weights")
     if kind == "vgg16":
         return FeatureDistance(_VGG16_CONV4_3, _read_weights(path), str(path))
     return LPIPS(_read_weights(path), str(path))
@@ -95,6 +95,9 @@ class FeatureDistance(nn.Module):
         if (last := max(config.layers)) >= len(features):
             raise ValueError(f"layer {last}: the features of {config.network} are layers 0 to {len(features) - 1}")
         self.features = features[: last + 1]
+        for module in self.features.modules():
+            if getattr(module, "inplace", False):  # it would overwrite the activations of the layer before it
+                setattr(module, "inplace", False)  # noqa: B010  (typed as a submodule)
         _load(self.features, weights, source)
         self.register_buffer("mean", torch.tensor(config.mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(-1, 1, 1), persistent=False)
@@ -150,7 +153,7 @@ class LPIPS(nn.Module):
         with torch.no_grad():
             targets = self.activations(images)
         distances = [
-            F.conv2d((ours - target).square(), head.model[-1].weight.to(ours)).mean((1, 2, 3))
+            ((ours - target).square() * head.model[-1].weight).sum(1).mean((1, 2))  # a 1x1 convolution
             for ours, target, head in zip(self.activations(reconstruction), targets, self.lpips.lins, strict=True)
         ]
         return torch.stack(distances).sum(0)
@@ -192,4 +195,5 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: no readable file of weights ({reason})") from None
     if not isinstance(weights, dict):
         raise ValueError(f"{path}: holds a {type(weights).__name__}; expected tensors by name")
-    return {name: tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
+    tensors = {name: tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}

@@ -56,10 +56,10 @@ class QuantizerConfig(Config):
 
     @property
     def code_std(self) -> float:
-        """About the standard deviation of what is decoded at the start of training."""
+        """About the standard deviation of the codes that a fresh VQGAN encoder's latents, of 0.2, are replaced by."""
         if self.normalize:
             return 1 / math.sqrt(self.dim)
-        return {"fsq": 0.6, "lfq": 1.0}.get(self.kind, 0.2)  # a fresh VQGAN encoder's latents: 0.2
+        return {"lfq": 1.0, "sim_vq": 1 / math.sqrt(3 * self.dim)}.get(self.kind, 0.2)
 
 
 class Quantized(NamedTuple):
@@ -97,7 +97,7 @@ class Quantizer(nn.Module):
             loss = self.config.commitment * F.mse_loss(z, codes.detach())
             if self.config.update == "gradient":
                 loss = loss + F.mse_loss(codes, z.detach())
-            if self.config.gradient == "rotation_trick":
+            if self.config.gradient == "rotation_trick" and z.requires_grad:
                 passed = _rotate(z, codes.detach())
             else:
                 passed = z + (codes - z).detach()
@@ -108,8 +108,9 @@ class Quantizer(nn.Module):
         return self._unit(F.embedding(tokens, self.codebook), -1).permute(0, 3, 1, 2)
 
     def vectors(self, latents: Tensor) -> Tensor:
-        """Return latents (B, C, h, w) as rows to compare with codes: (B * h * w, C), detached."""
-        return self._unit(latents.detach().movedim(1, -1).flatten(0, 2), -1)
+        """Return latents (B, C, h, w) as rows to compare with codes: (B * h * w, C), detached, float32 or more."""
+        exact = latents.detach().to(torch.promote_types(latents.dtype, torch.float32))
+        return self._unit(exact.movedim(1, -1).flatten(0, 2), -1)
 
     def _unit(self, vectors: Tensor, axis: int) -> Tensor:
         return F.normalize(vectors, dim=axis) if self.config.normalize else vectors

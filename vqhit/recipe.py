@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from vqhit.config import Config, Count, Flag, NonNegativeInt, Positive, Text
 from vqhit.data import DataConfig
-from vqhit.discriminator import DiscriminatorConfig
+from vqhit.discriminator import STDDEV_GROUP, DiscriminatorConfig
 from vqhit.ema import EMAConfig
 from vqhit.models import VQHiTConfig
 from vqhit.objective import LossConfig
@@ -30,6 +30,8 @@ class TrainConfig(Config):
     """Images that pass through the networks at a time, to bound memory; the gradients of a batch accumulate."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 runs the autoencoder and the perceptual network under autocast; all else stays float32."""
+    allow_tf32: Flag = False
+    """On CUDA, let float32 convolutions and matrix products (the discriminator's, R1's) round to TF32."""
     compile: Flag = False
     """`torch.compile` the encoder, the decoder and the perceptual network (not D: R1 needs a second derivative)."""
     log_every: Count = 50
@@ -42,7 +44,7 @@ class TrainConfig(Config):
     restart_codes_after: NonNegativeInt = 0
     """Move a code that no latent chose for this many steps onto a latent of the batch; 0 never does."""
     batch_norm_batches: NonNegativeInt = 0
-    """Batches over which HiT's batch norm statistics are taken before saving and evaluating; 0 keeps running ones."""
+    """Micro-batches for HiT's batch norm statistics, taken before saving and evaluating; 0 keeps the running ones."""
     max_minutes: Positive | None = None
     """Stop, with a checkpoint, after this long in one go."""
 
@@ -75,6 +77,14 @@ class RunConfig(Config):
                 f"discriminator.resolution {self.discriminator.resolution}: the model's images are "
                 f"{self.model.image_size} px"
             )
+        if self.discriminator is not None and self.discriminator.minibatch_stddev:
+            micro = min(self.train.micro_batch_size or self.train.batch_size, self.train.batch_size)
+            for size in (micro, self.train.batch_size % micro):
+                if size > STDDEV_GROUP and size % STDDEV_GROUP:
+                    raise ValueError(
+                        f"discriminator.minibatch_stddev: batches of {size} images; allowed: up to {STDDEV_GROUP}, or "
+                        "a multiple of it"
+                    )
         if self.train.restart_codes_after and self.model.quantizer.kind != "vq":
             raise ValueError(
                 f"train.restart_codes_after moves codes of quantizer kind vq; this is {self.model.quantizer.kind}"

@@ -6,7 +6,7 @@ A run is a folder (see `runs.py`). The same command continues it from the newest
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from vqhit.evaluate import Reconstruction, evenly_spaced, measure
 from vqhit.hub import select_device
 from vqhit.images import compare_grid, from_uint8
 from vqhit.layers import reestimate_batch_norm
-from vqhit.models import VQHiT, VQHiTOutput
+from vqhit.models import VQHiT
 from vqhit.objective import TokenizerObjective
 from vqhit.optimizer import Optimizer
 from vqhit.perceptual import perceptual_network
@@ -44,10 +44,13 @@ class Trainer:
         self.paths = list_images(config.data.path)
         self.validation_paths = self._validation_paths()
         loss, train = config.loss, config.train
+        self.micro_batch_size = train.micro_batch_size or train.batch_size
         perceptual = None
         if loss.perceptual:
             perceptual = perceptual_network(loss.perceptual_network, loss.perceptual_weights, loss.perceptual_features)
             perceptual = perceptual.to(self.device)
+        if self.device.type == "cuda":
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = train.allow_tf32
         torch.manual_seed(config.seed)
         self.model = VQHiT(config.model).to(self.device).train()
         self.optimizers = {"model": Optimizer(self.model, config.optimizer, train.steps)}
@@ -55,11 +58,11 @@ class Trainer:
         if loss.adversarial and config.discriminator is not None:
             self.discriminator = Discriminator(config.discriminator).to(self.device)
             settings = config.discriminator_optimizer or config.optimizer
-            self.optimizers["discriminator"] = Optimizer(self.discriminator, settings, train.steps)
+            self.optimizers["discriminator"] = Optimizer(
+                self.discriminator, settings, train.steps, loss.discriminator_start_step
+            )
         self.ema = EMA(self.model, config.ema) if config.ema.decay else None
         if train.compile:  # after the average's copy, which is not compiled
-            if loss.adaptive:  # goes backward through the compiled decoder more than once
-                torch._functorch.config.donated_buffer = False
             self.model.encoder.compile()
             self.model.stem.compile()
             self.model.backbone.compile()
@@ -100,7 +103,7 @@ class Trainer:
                 out_of_time = config.max_minutes and time.monotonic() - started > 60 * config.max_minutes
                 last = out_of_time or self.step == config.steps
                 grid = config.grid_every and (last or _due(self.step, config.grid_every))
-                evaluation = _due(self.step, config.evaluate_every)
+                evaluation = config.evaluate_every and (last or _due(self.step, config.evaluate_every))
                 save = last or _due(self.step, config.checkpoint_every)
                 if grid or evaluation or save:
                     self._settle_batch_norm()
@@ -120,18 +123,22 @@ class Trainer:
     def train_step(self, images: Tensor) -> dict[str, float]:
         """One update of all networks from a batch (B, 3, H, W) in [-1, 1].
 
-        Returns what `TokenizerObjective.backward` found, averaged over the parts of the batch, and the norms of the
-        gradients. Raises `ValueError`, before anything is updated, for a loss or a gradient that is not finite.
+        Returns what `TokenizerObjective.backward` found, averaged over the micro-batches, and the norms of the
+        gradients. Raises `ValueError`, before any weight is updated, for a loss or a gradient that is not finite.
         """
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
-        outputs: list[VQHiTOutput] = []
-        values: dict[str, float] = {}
-        for part in images.split(self.config.train.micro_batch_size or len(images)):
+        latents: list[Tensor] = []
+        tokens: list[Tensor] = []
+        sums: dict[str, Tensor] = {}
+        for part in images.split(self.micro_batch_size):
             share = len(part) / len(images)
-            output, found = self.objective.backward(part, self.step, share)
-            outputs.append(output)
-            values = {name: values.get(name, 0.0) + share * float(value) for name, value in found.items()}
+            with self._graph_kept():
+                output, found = self.objective.backward(part, self.step, share)
+            latents.append(output.latents)
+            tokens.append(output.tokens)
+            sums = {name: share * value + sums.get(name, 0) for name, value in found.items()}
+        values = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))  # one wait for the device
         try:
             _check_finite(values)
             norms = {f"{name}_gradient_norm": each.gradient_norm() for name, each in self.optimizers.items()}
@@ -139,12 +146,18 @@ class Trainer:
             raise ValueError(f"step {self.step}: {error}; stopped before the update") from None
         for optimizer in self.optimizers.values():
             optimizer.step(self.step)
-        self._update_codebook(torch.cat([o.latents for o in outputs]), torch.cat([o.tokens for o in outputs]))
+        self._update_codebook(torch.cat(latents), torch.cat(tokens))
         self.step += 1
         if self.ema is not None:
             self.ema.update(self.model, self.step)
         self.r1 = values.get("r1", self.r1)
         return values | norms
+
+    def _graph_kept(self) -> AbstractContextManager[None]:
+        """With the adaptive weight, gradients pass backward through the compiled decoder more than once."""
+        if self.config.train.compile and self.config.loss.adaptive:
+            return torch._functorch.config.patch(donated_buffer=False)
+        return nullcontext()
 
     def _update_codebook(self, latents: Tensor, tokens: Tensor) -> None:
         """Count the codes of the whole batch, then what `CodebookTraining` does; a moved code has no past."""
@@ -152,10 +165,11 @@ class Trainer:
         if self.codebook is None:
             return
         moved = self.codebook.update(latents, tokens, self.step)
-        codebook = self.codebook.codebook
-        self.optimizers["model"].forget(codebook, moved)
-        if self.ema is not None:
-            self.ema.model.get_parameter("quantizer.codebook").data[moved] = codebook.data[moved]
+        if len(moved):
+            codebook = self.codebook.codebook
+            self.optimizers["model"].reset_rows(codebook, moved)
+            if self.ema is not None:
+                self.ema.model.get_parameter("quantizer.codebook").data[moved] = codebook.data[moved]
 
     def _resume(self) -> None:
         folder = checkpoint.newest(self.folder.checkpoints)
@@ -199,10 +213,9 @@ class Trainer:
         checkpoint.prune(self.folder.checkpoints, self.step, self.config.train.keep_checkpoints)
 
     def _settle_batch_norm(self) -> None:
-        """Statistics of the weights as they are, over the first batches of the run's order."""
-        size, batches = self.config.train.batch_size, self.config.train.batch_norm_batches
-        if batches:
-            order = training_batches(self.crops, size, 0, batches, self.config.data.workers)
+        """Statistics of the weights as they are, over the first micro-batches of the run's order."""
+        if batches := self.config.train.batch_norm_batches:
+            order = training_batches(self.crops, self.micro_batch_size, 0, batches, self.config.data.workers)
             images = (from_uint8(batch.to(self.device)) for batch in order)
             reestimate_batch_norm(self.evaluated_model, images)
 
@@ -238,7 +251,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         with self._evaluating() as model:
-            measured = measure(model, self.validation_paths, self.config.train.batch_size, self.config.data.workers)
+            measured = measure(model, self.validation_paths, self.micro_batch_size, self.config.data.workers)
         self.folder.append(EVALUATIONS, {"step": self.step, **measured.result()})
 
     @contextmanager

@@ -1,14 +1,25 @@
 """Codebooks of vector-quantize-pytorch behind the interface of `Quantizer`: FSQ, LFQ, SimVQ. Imported when asked for.
 
-Each returns `Quantized` with int64 tokens, and `lookup` gives exactly what its forward pass decodes. All run in
-float32, or float64 if the latents are, also under autocast. Buffers that are no part of the state dict are made on the
-CPU even while a model is being put together without weights.
+Each returns `Quantized` with int64 tokens, and `lookup` gives what the forward pass decodes. They run in float32, FSQ
+and SimVQ in float64 if the latents are, also under autocast and in models of lower precision. Buffers that are no part
+of the state dict are made on the CPU even while a model is being put together without weights.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vqhit.quantizer import Quantized, Quantizer, QuantizerConfig, import_vector_quantize
+
+
+def _run(module: nn.Module, latents: Tensor) -> Any:
+    """Call a module in float32 or more, its weights too."""
+    exact = torch.promote_types(latents.dtype, torch.float32)
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    tensors = {name: tensor.to(exact) for name, tensor in tensors.items() if tensor.is_floating_point()}
+    with torch.autocast(latents.device.type, enabled=False):
+        return torch.func.functional_call(module, tensors, (latents.to(exact),))
 
 
 class FSQ(nn.Module):
@@ -21,8 +32,7 @@ class FSQ(nn.Module):
             self.inner = import_vector_quantize().FSQ(list(config.levels))
 
     def forward(self, latents: Tensor) -> Quantized:
-        with torch.autocast(latents.device.type, enabled=False):
-            codes, tokens = self.inner(latents.to(torch.promote_types(latents.dtype, torch.float32)))
+        codes, tokens = _run(self.inner, latents)
         return Quantized(codes.to(latents.dtype), tokens.long(), codes.new_zeros(()))
 
     def lookup(self, tokens: Tensor) -> Tensor:
@@ -47,8 +57,7 @@ class LFQ(nn.Module):
             )
 
     def forward(self, latents: Tensor) -> Quantized:
-        with torch.autocast(latents.device.type, enabled=False):
-            codes, tokens, loss = self.inner(latents.to(torch.promote_types(latents.dtype, torch.float32)))
+        codes, tokens, loss = _run(self.inner, latents)
         return Quantized(codes.to(latents.dtype), tokens.long(), loss)
 
     def lookup(self, tokens: Tensor) -> Tensor:
@@ -70,18 +79,23 @@ class SimVQ(nn.Module):
         )
 
     def forward(self, latents: Tensor) -> Quantized:
-        with torch.autocast(latents.device.type, enabled=False):
-            codes, tokens, loss = self.inner(latents.to(torch.promote_types(latents.dtype, torch.float32)))
+        codes, tokens, loss = _run(self.inner, latents)
         return Quantized(codes.to(latents.dtype), tokens, loss)
 
     def lookup(self, tokens: Tensor) -> Tensor:
         """Return the codes of tokens: (B, h, w) int64 -> (B, C, h, w)."""
-        return nn.functional.embedding(tokens, self.inner.codebook).movedim(-1, 1)
-
-
-_KINDS: dict[str, type[Quantizer | FSQ | LFQ | SimVQ]] = {"vq": Quantizer, "fsq": FSQ, "lfq": LFQ, "sim_vq": SimVQ}
+        with torch.autocast(tokens.device.type, enabled=False):
+            return nn.functional.embedding(tokens, self.inner.codebook).movedim(-1, 1)
 
 
 def build_quantizer(config: QuantizerConfig) -> Quantizer | FSQ | LFQ | SimVQ:
     """Return the quantizer that a configuration describes; raises `ValueError` if its library is missing."""
-    return _KINDS[config.kind](config)
+    match config.kind:
+        case "fsq":
+            return FSQ(config)
+        case "lfq":
+            return LFQ(config)
+        case "sim_vq":
+            return SimVQ(config)
+        case "vq":
+            return Quantizer(config)
