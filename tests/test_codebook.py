@@ -118,3 +118,19 @@ def test_normalised_codes_move_onto_normalised_latents():
     latents = 9 * torch.randn(1, 3, 2, 2)
     moved = CodebookTraining(quantizer, restart_after=1, seed=0).update(latents, torch.zeros(1, 2, 2).long(), 0)
     torch.testing.assert_close(quantizer.codebook[moved].norm(dim=1), torch.ones(1))
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_code_that_nobody_chooses_stays_where_it_was(normalize):
+    torch.manual_seed(0)
+    quantizer = Quantizer(QuantizerConfig(codebook_size=4, dim=3, update="ema", ema_decay=0.9, normalize=normalize))
+    training = CodebookTraining(quantizer, restart_after=0, seed=0)
+    start = quantizer.lookup(torch.arange(4).view(1, 1, 4))
+    latents, tokens = torch.randn(1, 3, 1, 5), torch.zeros(1, 1, 5, dtype=torch.int64)
+    for step in range(2000):
+        training.update(latents, tokens, step)
+    torch.testing.assert_close(
+        quantizer.lookup(torch.arange(4).view(1, 1, 4))[..., 1:], start[..., 1:], rtol=0.02, atol=1e-3
+    )
+    if not normalize:
+        torch.testing.assert_close(quantizer.codebook[0], latents.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)

@@ -29,7 +29,11 @@ def server(tmp_path):
     class Handler(Quiet):
         def do_GET(self):
             requests.append(self.path)
-            if self.path.endswith("cut.pth"):  # promises more than it sends
+            if self.path.endswith("chunks.pth"):  # stops in the middle of a chunk
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nfff\r\nabc")
+            elif self.path.endswith("garbage.pth"):
+                self.wfile.write(b"what?\r\n\r\n")
+            elif self.path.endswith("cut.pth"):  # promises more than it sends
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(CONTENT)))
                 self.end_headers()
@@ -71,11 +75,11 @@ def test_a_hash_may_be_its_first_digits(server, cache):
     assert known(address, digest=HASH[:8]).find().read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize("fault", ["another file", "cut short", "not there", "no server"])
+@pytest.mark.parametrize("fault", ["another file", "cut", "chunks", "garbage", "absent", "no server"])
 def test_a_download_that_fails_says_which_file_to_put_where_and_leaves_nothing(server, cache, fault):
     folder, address, _ = server
     (folder / "net.pth").write_bytes(b"something else")
-    name = {"cut short": "cut.pth", "not there": "absent.pth"}.get(fault, "net.pth")
+    name = "net.pth" if " " in fault else f"{fault}.pth"
     if fault == "no server":
         address = "http://127.0.0.1:9"
     with pytest.raises(ValueError, match="cannot download") as error:
@@ -94,12 +98,15 @@ def test_a_cached_file_is_used_offline_but_not_if_it_is_another(cache):
     offline = known("http://127.0.0.1:9")
     assert offline.find() == cache / "net.pth"
     (cache / "net.pth").write_bytes(CONTENT[:-1])
-    with pytest.raises(ValueError, match=rf"net\.pth: another file, or damaged: its sha256 is \w+, expected {HASH}"):
+    message = rf"net\.pth: another file, or damaged: its sha256 is \w+, expected {HASH}; remove it to download it again"
+    with pytest.raises(ValueError, match=message):
         offline.find()
 
 
 def test_a_given_path_is_verified_and_nothing_is_downloaded(tmp_path):
     path = tmp_path / "mine.pth"
+    with pytest.raises(ValueError, match="a folder, not a file"):
+        known("http://127.0.0.1:9").find(tmp_path)
     with pytest.raises(ValueError, match=r"mine\.pth: no such file"):
         known("http://127.0.0.1:9").find(path)
     path.write_bytes(CONTENT)

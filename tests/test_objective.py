@@ -280,6 +280,10 @@ def test_bfloat16_covers_the_networks_and_nothing_else(tiny_config):
             "perceptual_network features needs perceptual_features",
         ),
         ({"adversarial": -1}, "adversarial"),
+        (
+            {"adversarial": 1.0, "adaptive": True, "reconstruction": 0.0},
+            "adaptive compares with the reconstruction and",
+        ),
         ({"r1_every": 0}, "r1_every"),
         ({"gan": "wasserstein"}, "gan"),
         ({"perceptual_weight": 1.0}, "perceptual_weight: unknown key; did you mean 'perceptual_weights'"),

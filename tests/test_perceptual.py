@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
+from torchvision import models
 from torchvision.models import VGG16_Weights
 
 from vqhit import perceptual
@@ -153,8 +154,6 @@ def test_under_autocast_the_squares_are_float32(published, pair, kind):
 
 @pytest.fixture
 def squeezenet(tmp_path):
-    from torchvision import models
-
     torch.manual_seed(0)
     network = models.squeezenet1_1(weights=None)
     path = tmp_path / "squeezenet.safetensors"
@@ -227,6 +226,10 @@ def test_the_wrong_file_is_refused(published, tmp_path):
 def test_missing_and_misshapen_tensors_are_named(tmp_path, squeezenet):
     weights = {f"features.{name}": tensor for name, tensor in squeezenet[0].state_dict().items()}
     config = FeaturesConfig(**SQUEEZENET)
+    with pytest.raises(ValueError, match=r"mine: no tensor features\.0\.weight; it has 1 tensors: 0\.weight \.\.\."):
+        FeatureDistance(config, {"0.weight": torch.zeros(1)}, "mine")
+    with pytest.raises(ValueError, match=r"mine: features\.0\.bias is torch\.int64; expected torch\.float32"):
+        FeatureDistance(config, {**weights, "features.0.bias": torch.zeros(64, dtype=torch.int64)}, "mine")
     with pytest.raises(ValueError, match=r"mine: no tensor features\.0\.bias"):
         FeatureDistance(config, {**weights, "features.0.bias": None}, "mine")
     with pytest.raises(ValueError, match=r"mine: features\.0\.bias is \(3,\); expected \(64,\)"):
@@ -238,7 +241,16 @@ class Evil:
         return print, ("executed",)
 
 
-@pytest.mark.parametrize("content", [b"", b"no weights", "code"])
+def test_counters_of_batch_norm_may_be_missing():
+    network = models.mobilenet_v2(weights=None).features[:2]
+    weights = {f"features.{name}": tensor for name, tensor in network.state_dict().items() if "num_batches" not in name}
+    config = FeaturesConfig(network="mobilenet_v2", layers=[1])
+    assert FeatureDistance(config, weights, "mine")(torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 16)) == 0
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no weights", b"hello", b"version https://git-lfs.github.com/spec/v1", "code"]
+)
 def test_a_file_that_is_no_weights_is_named_and_nothing_in_it_runs(tmp_path, capsys, content):
     path = tmp_path / "bad.pth"
     if content == "code":
@@ -246,8 +258,9 @@ def test_a_file_that_is_no_weights_is_named_and_nothing_in_it_runs(tmp_path, cap
         torch.save({"features.0.weight": Evil()}, buffer)
         content = buffer.getvalue()
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"bad\.pth: no readable file of weights"):
+    with pytest.raises(ValueError, match=r"bad\.pth: no readable file of weights") as error:
         perceptual_network("features", path, FeaturesConfig(**SQUEEZENET))
+    assert "weights_only" not in str(error.value)
     assert "executed" not in capsys.readouterr().out
 
 
@@ -264,6 +277,15 @@ def test_an_impossible_network_is_named(squeezenet, changes, message):
         perceptual_network("features", squeezenet[1], FeaturesConfig(**{**SQUEEZENET, **changes}))
 
 
-def test_no_layers_is_a_configuration_error():
-    with pytest.raises(ConfigError, match="layers"):
-        FeaturesConfig(**{**SQUEEZENET, "layers": []})
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": []}, "layers"),
+        ({"layers": [1, 1]}, r"layers: found \[1, 1\]; each layer once"),
+        ({"mean": [float("nan"), 0, 0]}, "mean.0: found nan"),
+        ({"std": [1, 0, 1]}, "std.1: found 0"),
+    ],
+)
+def test_impossible_options_are_named(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        FeaturesConfig(**{**SQUEEZENET, **changes})

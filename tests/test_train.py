@@ -13,7 +13,7 @@ from torchvision import models
 from vqhit import VQHiT, perceptual
 from vqhit.config import ConfigError
 from vqhit.evaluate import evaluate_tokenizer
-from vqhit.files import KnownFile
+from vqhit.files import KnownFile, sha256
 from vqhit.images import from_uint8
 from vqhit.layers import BatchNorm, reestimate_batch_norm
 from vqhit.train import RunConfig, Trainer
@@ -380,6 +380,46 @@ def test_a_validation_folder_that_is_not_there_is_named_before_training(make_con
         Trainer(make_config(evaluate_every=2, data={"validation_path": str(tmp_path / "nowhere")}))
 
 
+def test_images_too_small_for_the_perceptual_network_are_named_before_training(make_config, whole_recipe, tmp_path):
+    whole_recipe["loss"]["perceptual_features"] = {"network": "squeezenet1_1", "layers": [12]}
+    with pytest.raises(ValueError, match=r"loss\.perceptual_network: images of 16 px do not pass through it"):
+        Trainer(make_config(**whole_recipe))
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_perceptual_weights_do_not_continue_a_run(make_config, whole_recipe, squeezenet, tmp_path):
+    Trainer(make_config(**whole_recipe, max_minutes=1e-6)).run()
+    moved, other = tmp_path / "moved.safetensors", tmp_path / "other.safetensors"
+    moved.write_bytes(squeezenet.read_bytes())
+    save_file({name: 3 * tensor for name, tensor in load_file(squeezenet).items()}, other)
+    whole_recipe["loss"]["perceptual_weights"] = str(other)
+    with pytest.raises(ConfigError, match=r"loss\.perceptual_weights: another file than the run was started with"):
+        Trainer(make_config(**whole_recipe))
+    whole_recipe["loss"]["perceptual_weights"] = str(moved)
+    assert Trainer(make_config(**whole_recipe)).step == 1
+
+
+@pytest.mark.parametrize("fault", ["no file", "no tensor"])
+def test_a_checkpoint_of_another_version_is_named_and_the_run_left_as_it_is(make_config, tmp_path, fault):
+    config = make_config(max_minutes=1e-6)
+    Trainer(config).run()
+    folder = tmp_path / "run" / "checkpoints" / "step_000000001"
+    if fault == "no file":
+        (folder / "model_optimizer.safetensors").rename(folder / "optimizer.safetensors")
+    else:
+        state = load_file(folder / "state.safetensors")
+        save_file({"step": state["step"]}, folder / "state.safetensors")
+    files = [path for path in folder.iterdir() if path.name != "manifest.json"]
+    entries = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
+    (folder / "manifest.json").write_text(json.dumps({"step": 1, "files": entries}))
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    with pytest.raises(
+        ValueError, match=r"step_000000001: of another version of vqhit, or another run .*; choose another"
+    ):
+        Trainer(make_config(log_every=1))
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+
+
 def test_weights_that_cannot_be_had_are_named_before_training(make_config, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
@@ -408,6 +448,18 @@ def test_weights_that_cannot_be_had_are_named_before_training(make_config, tmp_p
         ),
         ({"discriminator": {"resolution": 32}}, "discriminator.resolution 32: the model's images are 16 px"),
         ({"evaluate_every": 2}, "train.evaluate_every needs data.validation_path: a folder of images"),
+        (
+            {"model": {"stem": {"latent_grid": 1}}, "batch_size": 4, "micro_batch_size": 3},
+            "model.stem.latent_grid 1: batch",
+        ),
+        (
+            {
+                "discriminator": {"resolution": 16, "minibatch_stddev": True},
+                "batch_size": 13,
+                "micro_batch_size": 7,
+            },
+            "minibatch_stddev: .micro-.batches of 7 images; allowed: up to 4, or a multiple of it",
+        ),
         (
             {
                 "restart_codes_after": 2,

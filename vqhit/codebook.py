@@ -9,7 +9,8 @@ from vqhit.quantizer import Quantizer, import_vector_quantize
 class CodebookAverage:
     """Codes as running means of the latents that chose them (van den Oord et al. 2017, appendix A.1).
 
-    m ← γ m + (1 - γ) Σz and N ← γ N + (1 - γ) n, e = m / N, with N smoothed so that no code is divided by zero.
+    m ← γ m + (1 - γ) Σz and N ← γ N + (1 - γ) n, e = m / N, with N smoothed. A code that has hardly been chosen of late
+    stays where it was: the smoothing would pull it to zero.
     """
 
     def __init__(self, codebook: Tensor, decay: float) -> None:
@@ -26,7 +27,8 @@ class CodebookAverage:
         self.sums.lerp_(torch.zeros_like(self.sums).index_add_(0, tokens, vectors), 1 - self.decay)
         total, smoothing = self.counts.sum(), 1e-5
         smoothed = (self.counts + smoothing) / (total + len(codebook) * smoothing) * total
-        codebook.copy_(self.sums / smoothed[:, None])
+        alive = (self.counts > 100 * smoothing)[:, None]
+        codebook.copy_(torch.where(alive, self.sums / smoothed[:, None], codebook))
 
     def move(self, rows: Tensor, vectors: Tensor) -> None:
         """Start the means of some codes anew, each at one vector (M, C)."""

@@ -1,13 +1,16 @@
 """Files that are whole: written atomically, checked by hash, fetched into a cache."""
 
 import hashlib
+import http.client
 import os
 import re
+import socket
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 _HASH_IN_NAME = re.compile(r"-(?=\d*[a-f])([0-9a-f]{8}|[0-9a-f]{64})\.\w+$")  # all digits: perhaps a date
+_TIMEOUT_S = 30.0  # without an answer
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -57,20 +60,29 @@ class KnownFile:
         """
         import torch
 
+        before = socket.getdefaulttimeout()
         if path is not None:
-            check_hash(Path(path), self.sha256)
-            return Path(path)
+            path = Path(path).expanduser()
+            check_hash(path, self.sha256)
+            return path
         cached = Path(torch.hub.get_dir()) / "checkpoints" / self.name
         if not cached.exists():
             try:
                 cached.parent.mkdir(parents=True, exist_ok=True)
+                socket.setdefaulttimeout(_TIMEOUT_S)
                 torch.hub.download_url_to_file(self.url, str(cached), hash_prefix=self.sha256)
-            except (OSError, RuntimeError) as error:  # no network, no space, no such file, another hash
+            except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
+                # no network, no space, no such file, another hash, an answer that is no HTTP
                 raise ValueError(
                     f"cannot download {self.url} ({' '.join(str(error).split())}); put that file at {cached}, or its "
                     f"place in {key} (sha256 {self.sha256}{'' if len(self.sha256) == 64 else '...'})"
                 ) from None
-        check_hash(cached, self.sha256)
+            finally:
+                socket.setdefaulttimeout(before)
+        try:
+            check_hash(cached, self.sha256)
+        except ValueError as error:
+            raise ValueError(f"{error}; remove it to download it again, or put the right file there") from None
         return cached
 
 
@@ -80,7 +92,7 @@ def check_hash(path: Path, expected: str | None = None) -> None:
     Raises `ValueError` if there is no such file or its hash differs.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
     origin = ""
     if expected is None:
         in_name = _HASH_IN_NAME.search(path.name)

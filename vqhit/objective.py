@@ -34,7 +34,8 @@ class LossConfig(Config):
     """λ1 of eq. 5; the paper has 5e-5 for vgg16, LPIPS is used with 1."""
     perceptual_network: PerceptualKind = "vgg16"
     perceptual_weights: Text | None = None
-    """File of the network's weights; by default torchvision's cache, or a download into it."""
+    """File of the network's weights; by default torchvision's cache, or a download into it. For vgg16 and lpips it must
+    be the published file."""
     perceptual_features: FeaturesConfig | None = None
     adversarial: NonNegative = 0.0
     """λ2 of eq. 5; the paper has 0.1."""
@@ -53,6 +54,8 @@ class LossConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.adversarial and self.adaptive and not (self.reconstruction or self.perceptual):
+            raise ValueError("adaptive compares with the reconstruction and perceptual terms; both have weight 0")
         if self.perceptual and self.perceptual_network == "features":
             if self.perceptual_features is None:
                 raise ValueError("perceptual_network features needs perceptual_features: network, layers, ...")

@@ -8,12 +8,11 @@ come from torchvision's cache or download, or from a file; nothing is unpickled 
 import pickle
 import warnings
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
-from safetensors import SafetensorError
+from pydantic import Field, Strict, field_validator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -34,6 +33,9 @@ VGG16_TORCHVISION = KnownFile(
 )
 
 
+Finite = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+
+
 class FeaturesConfig(Config):
     """A network of torchvision's with a `features` part, the layers to compare, and the pixels that it expects.
 
@@ -47,8 +49,15 @@ class FeaturesConfig(Config):
     """Indices into `features`, as torchvision numbers them."""
     max_value: Positive = 1.0
     channel_order: Literal["rgb", "bgr"] = "rgb"
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    mean: tuple[Finite, Finite, Finite] = (0.485, 0.456, 0.406)
     std: tuple[Positive, Positive, Positive] = (0.229, 0.224, 0.225)
+
+    @field_validator("layers")
+    @classmethod
+    def _check_layers(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(layers)) < len(layers):
+            raise ValueError(f"found {list(layers)}; each layer once")
+        return layers
 
 
 # torchvision's VGG16_Weights.IMAGENET1K_FEATURES and its transform (std 1/255): conv4_3 after ReLU.
@@ -70,8 +79,9 @@ def perceptual_network(
             raise ValueError(
                 "perceptual kind 'features' needs a network (perceptual_features) and a file of its weights"
             )
-        check_hash(Path(weights))
-        return FeatureDistance(features, _read_weights(Path(weights)), str(weights))
+        path = Path(weights).expanduser()
+        check_hash(path)
+        return FeatureDistance(features, _read_weights(path), str(path))
     path = (VGG16_CAFFE if kind == "vgg16" else VGG16_TORCHVISION).find(weights, key="loss.perceptual_weights")
     if kind == "vgg16":
         return FeatureDistance(_VGG16_CONV4_3, _read_weights(path), str(path))
@@ -176,12 +186,20 @@ def _torchvision_features(network: str) -> nn.Sequential:
 
 def _load(layers: nn.Sequential, weights: dict[str, Tensor], source: str) -> None:
     """Put the tensors `features.<index>.*` into layers; raises `ValueError` naming one that is missing or misshapen."""
+    state = {}
     for name, tensor in layers.state_dict().items():
-        if (found := weights.get(f"features.{name}")) is None:
-            raise ValueError(f"{source}: no tensor features.{name}")
+        found = weights.get(f"features.{name}")
+        if found is None and name.endswith("num_batches_tracked"):  # a counter that nothing reads here
+            found = torch.zeros_like(tensor, device="cpu")
+        if found is None:
+            some = ", ".join(list(weights)[:3]) or "none"
+            raise ValueError(f"{source}: no tensor features.{name}; it has {len(weights)} tensors: {some} ...")
         if found.shape != tensor.shape:
             raise ValueError(f"{source}: features.{name} is {tuple(found.shape)}; expected {tuple(tensor.shape)}")
-    layers.load_state_dict({name: weights[f"features.{name}"] for name in layers.state_dict()}, assign=True)
+        if found.is_floating_point() != tensor.is_floating_point():
+            raise ValueError(f"{source}: features.{name} is {found.dtype}; expected {tensor.dtype}")
+        state[name] = found
+    layers.load_state_dict(state, assign=True)
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -190,7 +208,11 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             weights = load_file(path)
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except pickle.UnpicklingError:  # torch's own text advises to switch the protection off
+        raise ValueError(
+            f"{path}: no readable file of weights (it holds more than tensors, or is damaged; a state_dict is needed)"
+        ) from None
+    except Exception as error:  # a damaged file can raise anything: KeyError, struct.error, ...
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: no readable file of weights ({reason})") from None
     if not isinstance(weights, dict):

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from vqhit.config import Config, Count, Decay, Flag, NonNegative
 
+_MAX_CODES = 2**24  # float32 counts exactly up to here, and FSQ counts in it
+
 
 class QuantizerConfig(Config):
     """The kind and size of a codebook, and how it is trained.
@@ -50,6 +52,8 @@ class QuantizerConfig(Config):
                 f"levels {list(self.levels)} make {math.prod(self.levels)} codes of dim {len(self.levels)}; "
                 f"codebook_size is {self.codebook_size} and dim {self.dim}"
             )
+        if self.codebook_size > _MAX_CODES:
+            raise ValueError(f"codebook_size {self.codebook_size}; allowed: up to 2^24")
         if self.kind == "lfq" and self.codebook_size != 2**self.dim:
             raise ValueError(f"codebook_size {self.codebook_size}: lfq with dim {self.dim} has 2^{self.dim} codes")
         return self
@@ -79,13 +83,15 @@ class Quantizer(nn.Module):
     The loss is ‖sg(z) - e‖² + β ‖z - sg(e)‖², means over elements (VQ-VAE, van den Oord et al. 2017, eq. 3), its first
     term left out if the codebook is a running mean. taming's legacy quantizer puts β on the first term; this one does
     not. Distances, argmin and loss are float32, or float64 if the latents are, also under autocast.
+
+    Departure: codes start as wide as a fresh encoder's latents; taming's U(±1/K) is hundreds of times narrower, so that
+    for a while all latents are as near to one code as to another.
     """
 
     def __init__(self, config: QuantizerConfig) -> None:
         super().__init__()
         self.config = config
-        bound = 1 / config.codebook_size
-        codebook = torch.empty(config.codebook_size, config.dim).uniform_(-bound, bound)
+        codebook = torch.empty(config.codebook_size, config.dim).normal_(std=config.code_std)
         self.codebook = nn.Parameter(codebook, requires_grad=config.update == "gradient")
 
     def forward(self, latents: Tensor) -> Quantized:

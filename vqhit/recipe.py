@@ -17,7 +17,7 @@ CHANGEABLE = (
     {"run_dir", "device", "loss.perceptual_weights"}
     | {f"data.{key}" for key in ("path", "validation_path", "workers", "cache_images")}
     | {f"train.{key}_every" for key in ("log", "grid", "evaluate", "checkpoint")}
-    | {"train.evaluate_images", "train.keep_checkpoints", "train.max_minutes"}
+    | {"train.evaluate_images", "train.keep_checkpoints", "train.max_minutes", "train.compile"}
 )
 
 
@@ -77,14 +77,18 @@ class RunConfig(Config):
                 f"discriminator.resolution {self.discriminator.resolution}: the model's images are "
                 f"{self.model.image_size} px"
             )
-        if self.discriminator is not None and self.discriminator.minibatch_stddev:
-            micro = min(self.train.micro_batch_size or self.train.batch_size, self.train.batch_size)
-            for size in (micro, self.train.batch_size % micro):
-                if size > STDDEV_GROUP and size % STDDEV_GROUP:
-                    raise ValueError(
-                        f"discriminator.minibatch_stddev: batches of {size} images; allowed: up to {STDDEV_GROUP}, or "
-                        "a multiple of it"
-                    )
+        micro = min(self.train.micro_batch_size or self.train.batch_size, self.train.batch_size)
+        sizes = {micro, self.train.batch_size % micro} - {0}
+        if 1 in sizes and self.model.stem.latent_grid == 1:
+            raise ValueError(
+                "model.stem.latent_grid 1: batch norm needs more than one token; no (micro-)batch may be one image"
+            )
+        bad = [size for size in sorted(sizes, reverse=True) if size > STDDEV_GROUP and size % STDDEV_GROUP]
+        if bad and self.discriminator is not None and self.discriminator.minibatch_stddev:
+            raise ValueError(
+                f"discriminator.minibatch_stddev: (micro-)batches of {bad[0]} images; allowed: up to {STDDEV_GROUP}, "
+                "or a multiple of it"
+            )
         if self.train.restart_codes_after and self.model.quantizer.kind != "vq":
             raise ValueError(
                 f"train.restart_codes_after moves codes of quantizer kind vq; this is {self.model.quantizer.kind}"

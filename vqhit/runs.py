@@ -20,12 +20,11 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
 
-    def claim(self, config: Config, changeable: set[str]) -> None:
-        """Write the resolved configuration, or check that the run that is already there is this one.
+    def check(self, config: Config, changeable: set[str]) -> None:
+        """Check that the run that is already there, if any, is this one; keys in `changeable` may differ.
 
-        Keys in `changeable` may differ. Raises `ConfigError` naming the others that do.
+        Raises `ConfigError` naming the others that do.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / "config.yaml"
         if path.exists() and any(self.checkpoints.glob("step_*")):
             try:
@@ -37,19 +36,20 @@ class RunFolder:
             if changed := [key for key in changed if key not in changeable]:
                 differences = ", ".join(f"{key}: {before.get(key)} there, {now.get(key)} now" for key in changed[:3])
                 raise ConfigError(f"run_dir {self.path} holds another run ({differences}); choose another run_dir")
-        write_atomic(path, config.to_yaml().encode())
+
+    def start(self, config: Config, step: int) -> None:
+        """Write the resolved configuration; drop records after `step`, whose steps will be trained again."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.path / "config.yaml", config.to_yaml().encode())
+        for path in (self.path / METRICS, self.path / EVALUATIONS):
+            if path.exists():
+                kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+                write_atomic(path, "".join(line + "\n" for line in kept).encode())
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Add a line to a file of records."""
         with (self.path / name).open("a") as file:
             file.write(json.dumps(record) + "\n")
-
-    def drop_after(self, step: int) -> None:
-        """Drop the records of later steps: they will be trained again."""
-        for path in (self.path / METRICS, self.path / EVALUATIONS):
-            if path.exists():
-                kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-                write_atomic(path, "".join(line + "\n" for line in kept).encode())
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

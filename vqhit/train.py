@@ -15,12 +15,14 @@ from torch import Tensor
 
 from vqhit import checkpoint
 from vqhit.codebook import CodebookTraining, CodebookUsage
+from vqhit.config import ConfigError
 from vqhit.data import CenterCrops, TrainingCrops, list_images, training_batches
 from vqhit.discriminator import Discriminator
 from vqhit.ema import EMA
-from vqhit.evaluate import Reconstruction, evenly_spaced, measure
+from vqhit.evaluate import evenly_spaced, measure
+from vqhit.files import sha256
 from vqhit.hub import select_device
-from vqhit.images import compare_grid, from_uint8
+from vqhit.images import compare_grid, from_uint8, to_uint8
 from vqhit.layers import reestimate_batch_norm
 from vqhit.models import VQHiT
 from vqhit.objective import TokenizerObjective
@@ -45,10 +47,7 @@ class Trainer:
         self.validation_paths = self._validation_paths()
         loss, train = config.loss, config.train
         self.micro_batch_size = train.micro_batch_size or train.batch_size
-        perceptual = None
-        if loss.perceptual:
-            perceptual = perceptual_network(loss.perceptual_network, loss.perceptual_weights, loss.perceptual_features)
-            perceptual = perceptual.to(self.device)
+        perceptual = self._perceptual()
         if self.device.type == "cuda":
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = train.allow_tf32
         torch.manual_seed(config.seed)
@@ -77,8 +76,25 @@ class Trainer:
             self.codebook = CodebookTraining(self.model.quantizer, train.restart_codes_after, config.seed)
         self.step = 0
         self.r1 = math.nan
-        self.folder.claim(config, CHANGEABLE)
+        self.folder.check(config, CHANGEABLE)
         self._resume()
+        self.folder.start(config, self.step)
+
+    def _perceptual(self) -> torch.nn.Module | None:
+        loss, size = self.config.loss, self.config.model.image_size
+        if not loss.perceptual:
+            return None
+        network = perceptual_network(loss.perceptual_network, loss.perceptual_weights, loss.perceptual_features)
+        network = network.to(self.device)
+        black = torch.full((1, 3, size, size), -1.0, device=self.device)
+        try:
+            network(black, black)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"loss.perceptual_network: images of {size} px do not pass through it ({reason})"
+            ) from None
+        return network
 
     def _validation_paths(self) -> list[Path]:
         config = self.config
@@ -173,17 +189,36 @@ class Trainer:
 
     def _resume(self) -> None:
         folder = checkpoint.newest(self.folder.checkpoints)
-        if folder is not None:
-            for name, module in self._modules().items():
-                module.load_state_dict(load_file(folder / f"{name}.safetensors"))
-            for name, optimizer in self.optimizers.items():
-                optimizer.load_state_dict(load_file(folder / f"{name}_optimizer.safetensors"))
-            state = load_file(folder / "state.safetensors")
-            self.step, self.usage.counts = int(state["step"]), state["usage_counts"]
-            self.r1 = float(state["r1"])
-            if self.codebook is not None:
-                self.codebook.load_state_dict(state)
-        self.folder.drop_after(self.step)
+        if folder is None:
+            return
+        try:
+            self._load(folder)
+        except (FileNotFoundError, KeyError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise checkpoint.CheckpointError(
+                f"{folder}: of another version of vqhit, or another run ({reason}); choose another run_dir"
+            ) from None
+
+    def _load(self, folder: Path) -> None:
+        for name, module in self._modules().items():
+            module.load_state_dict(load_file(folder / f"{name}.safetensors"))
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(load_file(folder / f"{name}_optimizer.safetensors"))
+        state = load_file(folder / "state.safetensors")
+        self.step, self.usage.counts = int(state["step"]), state["usage_counts"]
+        self.r1 = float(state["r1"])
+        if self.codebook is not None:
+            self.codebook.load_state_dict(state)
+        if not torch.equal(state["perceptual_sha256"], self._perceptual_sha256()):
+            raise ConfigError("loss.perceptual_weights: another file than the run was started with")
+
+    def _perceptual_sha256(self) -> Tensor:
+        """Hash of the file of weights where the user alone decides what is in it, as bytes."""
+        loss = self.config.loss
+        if not loss.perceptual or loss.perceptual_network != "features" or loss.perceptual_weights is None:
+            return torch.empty(0, dtype=torch.uint8)
+        digest = sha256(Path(loss.perceptual_weights).expanduser())
+        return torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8)
 
     def _modules(self) -> dict[str, torch.nn.Module]:
         """The modules of a checkpoint by file name; `model` is the one to use, `trained` the one behind the average."""
@@ -206,6 +241,7 @@ class Trainer:
                 "step": torch.tensor(self.step),
                 "usage_counts": self.usage.counts,
                 "r1": torch.tensor(self.r1, dtype=torch.float64),
+                "perceptual_sha256": self._perceptual_sha256(),
             }
             if self.codebook is not None:
                 state |= self.codebook.state_dict()
@@ -243,7 +279,8 @@ class Trainer:
         crops = CenterCrops(chosen, self.config.model.image_size)
         originals = torch.stack([crops[index] for index in range(len(crops))])
         with self._evaluating() as model:
-            reconstructions = Reconstruction(model).update(originals)
+            parts = from_uint8(originals).to(self.device).split(self.micro_batch_size)
+            reconstructions = torch.cat([to_uint8(model.reconstruct(part)).cpu() for part in parts])
         grids = self.folder.path / "grids"
         grids.mkdir(exist_ok=True)
         pairs = list(zip(originals, reconstructions, strict=True))
