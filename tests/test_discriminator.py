@@ -1,5 +1,7 @@
 """The discriminator against the official code: logits, R1 and its gradients, parameter counts, input checks."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -52,28 +54,30 @@ def test_the_last_map(case):
 
 
 def test_r1_and_its_gradients(case):
-    numbers, discriminator, images = case
+    numbers, discriminator, images = case  # in float64: in float32 leaky ReLUs flip within rounding of zero, 4e-4
+    discriminator, images = copy.deepcopy(discriminator).double(), images.detach().double().requires_grad_()
     logits = discriminator(images)
     penalty = 10 * r1_penalty(logits, images)
-    assert penalty.item() == pytest.approx(float(numbers["r1_penalty"]), rel=1e-4)
+    assert penalty.item() == pytest.approx(float(numbers["r1_penalty"]), rel=5e-5)
     (at_input,) = torch.autograd.grad(logits.sum(), images, retain_graph=True)
-    np.testing.assert_allclose(at_input.flatten(1).norm(dim=1), numbers["grad_input_l2"], rtol=1e-3)
+    np.testing.assert_allclose(at_input.flatten(1).norm(dim=1), numbers["grad_input_l2"], rtol=1e-4)
     if "grad_input" in numbers:
         np.testing.assert_allclose(at_input.permute(0, 2, 3, 1), numbers["grad_input"], atol=2e-4)
 
     names = [name for name, _ in discriminator.named_parameters()]
     gradients = torch.autograd.grad(penalty, list(discriminator.parameters()), allow_unused=True)
     found = dict(zip(names, gradients, strict=True))
-    # Signs of leaky ReLUs flip within rounding of zero, in the reference as here: 1e-3 relative.
     for name, expected in zip(numbers["r1_grad_names"], numbers["r1_grad_l2"], strict=True):
         ours = name.replace("kernel", "weight").replace("dense0", "fc1").replace("dense1", "fc2")
         norm = 0.0 if found[ours] is None else float(found[ours].norm())
-        assert norm == pytest.approx(float(expected), rel=1e-3, abs=1e-6), name
+        assert norm == pytest.approx(float(expected), rel=1e-4, abs=1e-6), name
     if "r1_grad/from_rgb.kernel" in numbers:
         np.testing.assert_allclose(
-            found["from_rgb.weight"].permute(2, 3, 1, 0), numbers["r1_grad/from_rgb.kernel"], atol=2e-3
+            found["from_rgb.weight"].permute(2, 3, 1, 0), numbers["r1_grad/from_rgb.kernel"], rtol=1e-3, atol=1e-4
         )
-        np.testing.assert_allclose(found["final.fc2.weight"].T, numbers["r1_grad/final.dense1.kernel"], atol=2e-3)
+        np.testing.assert_allclose(
+            found["final.fc2.weight"].T, numbers["r1_grad/final.dense1.kernel"], rtol=1e-3, atol=1e-4
+        )
 
 
 def test_pooling_and_minibatch_stddev():

@@ -88,6 +88,16 @@ def perceptual_network(
     return LPIPS(_read_weights(path), str(path))
 
 
+def check_image_size(perceptual: nn.Module, size: int) -> None:
+    """Raise `ValueError` if images of `size` px are too small for a perceptual network."""
+    black = torch.full((1, 3, size, size), -1.0, device=next(perceptual.parameters()).device)
+    try:
+        perceptual(black, black)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"loss.perceptual_network: images of {size} px do not pass through it ({reason})") from None
+
+
 class FeatureDistance(nn.Module):
     """‖F(x) - F(x̂)‖² of eq. 5, the mean over elements, summed over layers: two (B, 3, H, W) in [-1, 1] -> scalar.
 

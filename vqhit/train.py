@@ -27,7 +27,7 @@ from vqhit.layers import reestimate_batch_norm
 from vqhit.models import VQHiT
 from vqhit.objective import TokenizerObjective
 from vqhit.optimizer import Optimizer
-from vqhit.perceptual import perceptual_network
+from vqhit.perceptual import check_image_size, perceptual_network
 from vqhit.progress import ProgressBar
 from vqhit.quantizer import Quantizer
 from vqhit.recipe import CHANGEABLE, RunConfig
@@ -47,7 +47,10 @@ class Trainer:
         self.validation_paths = self._validation_paths()
         loss, train = config.loss, config.train
         self.micro_batch_size = train.micro_batch_size or train.batch_size
-        perceptual = self._perceptual()
+        perceptual: torch.nn.Module | None = None
+        if loss.perceptual:
+            perceptual = perceptual_network(loss.perceptual_network, loss.perceptual_weights, loss.perceptual_features)
+            check_image_size(perceptual.to(self.device), config.model.image_size)
         if self.device.type == "cuda":
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = train.allow_tf32
         torch.manual_seed(config.seed)
@@ -79,22 +82,6 @@ class Trainer:
         self.folder.check(config, CHANGEABLE)
         self._resume()
         self.folder.start(config, self.step)
-
-    def _perceptual(self) -> torch.nn.Module | None:
-        loss, size = self.config.loss, self.config.model.image_size
-        if not loss.perceptual:
-            return None
-        network = perceptual_network(loss.perceptual_network, loss.perceptual_weights, loss.perceptual_features)
-        network = network.to(self.device)
-        black = torch.full((1, 3, size, size), -1.0, device=self.device)
-        try:
-            network(black, black)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"loss.perceptual_network: images of {size} px do not pass through it ({reason})"
-            ) from None
-        return network
 
     def _validation_paths(self) -> list[Path]:
         config = self.config
