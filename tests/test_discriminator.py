@@ -54,13 +54,16 @@ def test_the_last_map(case):
 
 
 def test_r1_and_its_gradients(case):
-    numbers, discriminator, images = case  # in float64: in float32 leaky ReLUs flip within rounding of zero, 4e-4
-    discriminator, images = copy.deepcopy(discriminator).double(), images.detach().double().requires_grad_()
+    numbers, discriminator, images = case
+    tolerance = 1e-3  # in float32 leaky ReLUs flip within rounding of zero
+    if "grad_input" in numbers:  # the variant that HiT-GAN is trained with: float64, which takes a while
+        discriminator, images = copy.deepcopy(discriminator).double(), images.detach().double().requires_grad_()
+        tolerance = 1e-4
     logits = discriminator(images)
     penalty = 10 * r1_penalty(logits, images)
     assert penalty.item() == pytest.approx(float(numbers["r1_penalty"]), rel=5e-5)
     (at_input,) = torch.autograd.grad(logits.sum(), images, retain_graph=True)
-    np.testing.assert_allclose(at_input.flatten(1).norm(dim=1), numbers["grad_input_l2"], rtol=1e-4)
+    np.testing.assert_allclose(at_input.flatten(1).norm(dim=1), numbers["grad_input_l2"], rtol=tolerance)
     if "grad_input" in numbers:
         np.testing.assert_allclose(at_input.permute(0, 2, 3, 1), numbers["grad_input"], atol=2e-4)
 
@@ -70,7 +73,7 @@ def test_r1_and_its_gradients(case):
     for name, expected in zip(numbers["r1_grad_names"], numbers["r1_grad_l2"], strict=True):
         ours = name.replace("kernel", "weight").replace("dense0", "fc1").replace("dense1", "fc2")
         norm = 0.0 if found[ours] is None else float(found[ours].norm())
-        assert norm == pytest.approx(float(expected), rel=1e-4, abs=1e-6), name
+        assert norm == pytest.approx(float(expected), rel=tolerance, abs=1e-6), name
     if "r1_grad/from_rgb.kernel" in numbers:
         np.testing.assert_allclose(
             found["from_rgb.weight"].permute(2, 3, 1, 0), numbers["r1_grad/from_rgb.kernel"], rtol=1e-3, atol=1e-4
