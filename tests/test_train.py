@@ -504,6 +504,9 @@ def test_compiled_parts_train_as_eager_ones_do(make_config, whole_recipe, tmp_pa
         trainer = Trainer(config)
         images = from_uint8(torch.stack([trainer.crops[sample] for sample in range(3)]))
         values.append([trainer.train_step(images) for _ in range(3)])
+        trainer._settle_batch_norm()
+        with trainer._evaluating() as model:
+            values[-1].append({"mean": float(model.reconstruct(images).mean())})
         assert not any("_orig_mod" in name for name in trainer.model.state_dict())
     for eager, other in zip(*values, strict=True):
         for name, value in eager.items():

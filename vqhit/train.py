@@ -240,7 +240,8 @@ class Trainer:
         if batches := self.config.train.batch_norm_batches:
             order = training_batches(self.crops, self.micro_batch_size, 0, batches, self.config.data.workers)
             images = (from_uint8(batch.to(self.device)) for batch in order)
-            reestimate_batch_norm(self.evaluated_model, images)
+            with torch.compiler.set_stance("force_eager"):  # not worth code of its own
+                reestimate_batch_norm(self.evaluated_model, images)
 
     def _log(self, values: dict[str, float], images_per_s: float) -> None:
         if self.step % self.config.train.log_every and self.step != self.config.train.steps:
@@ -285,7 +286,8 @@ class Trainer:
         training = model.training
         model.eval()
         try:
-            yield model
+            with torch.compiler.set_stance("force_eager"):
+                yield model
         finally:
             model.train(training)
 
