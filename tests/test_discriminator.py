@@ -9,7 +9,14 @@ import torch
 from tests.parity import golden, rule
 from vqhit.config import ConfigError
 from vqhit.convert import hit_gan_discriminator
-from vqhit.discriminator import Discriminator, DiscriminatorConfig, average_pool, blur_pool, minibatch_stddev
+from vqhit.discriminator import (
+    Discriminator,
+    DiscriminatorConfig,
+    _blur_kernel,
+    average_pool,
+    blur_pool,
+    minibatch_stddev,
+)
 from vqhit.losses import r1_penalty
 
 VARIANTS = {
@@ -129,3 +136,13 @@ def test_impossible_sizes_are_named():
 def test_an_unknown_variable_is_named():
     with pytest.raises(ValueError, match=r"'blocks\.0\.skip\.bias' is no variable of a HiT-GAN discriminator"):
         hit_gan_discriminator({"blocks.0.skip.bias": np.zeros(3)})
+
+
+def test_it_can_be_trained_after_it_was_first_used_for_inference():
+    _blur_kernel.cache_clear()
+    discriminator = Discriminator(DiscriminatorConfig(resolution=16, channel_multiplier=1, max_channels=4))
+    with torch.inference_mode():
+        discriminator(torch.zeros(1, 3, 16, 16))
+    images = torch.randn(2, 3, 16, 16, requires_grad=True)
+    r1_penalty(discriminator(images), images).backward()
+    assert discriminator.from_rgb.weight.grad.any()

@@ -399,6 +399,17 @@ def test_other_perceptual_weights_do_not_continue_a_run(make_config, whole_recip
     assert Trainer(make_config(**whole_recipe)).step == 1
 
 
+def test_a_run_does_not_need_the_file_of_perceptual_weights_once_it_runs(
+    make_config, whole_recipe, squeezenet, tmp_path
+):
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(squeezenet.read_bytes())
+    whole_recipe["loss"]["perceptual_weights"] = str(copy)
+    trainer = Trainer(make_config(**whole_recipe))
+    copy.unlink()
+    assert trainer.run() is not None
+
+
 @pytest.mark.parametrize("fault", ["no file", "no tensor"])
 def test_a_checkpoint_of_another_version_is_named_and_the_run_left_as_it_is(make_config, tmp_path, fault):
     config = make_config(max_minutes=1e-6)

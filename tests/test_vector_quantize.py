@@ -97,7 +97,7 @@ def test_the_rotation_trick_needs_its_library_for_gradients_only(monkeypatch):
     monkeypatch.setitem(sys.modules, "vector_quantize_pytorch", None)
     quantizer = build_quantizer(QuantizerConfig(**KINDS["vq, rotation"]))
     quantizer(torch.randn(1, 5, 2, 2))  # as in encode
-    with pytest.raises(ValueError, match="this codebook needs vector-quantize-pytorch"):
+    with pytest.raises(ValueError, match="this codebook needs another package: pip install vector-quantize-pytorch"):
         CodebookTraining(quantizer, 0, 0)
 
 
@@ -115,7 +115,5 @@ def test_a_model_is_saved_and_loaded_with_it(tiny_config, config, tmp_path):
 
 def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "vector_quantize_pytorch", None)
-    with pytest.raises(
-        ValueError, match=r"this codebook needs vector-quantize-pytorch: pip install 'vqhit\[quantizers\]'"
-    ):
+    with pytest.raises(ValueError, match="this codebook needs another package: pip install vector-quantize-pytorch"):
         build_quantizer(QuantizerConfig(**KINDS["fsq"]))

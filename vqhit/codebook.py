@@ -92,8 +92,7 @@ class CodebookTraining:
     """
 
     def __init__(self, quantizer: Quantizer, restart_after: int, seed: int) -> None:
-        self.codebook, self.seed, self.restart_after = quantizer.codebook, seed, restart_after
-        self.quantizer = quantizer
+        self.quantizer, self.codebook, self.seed = quantizer, quantizer.codebook, seed
         config = quantizer.config
         if config.gradient == "rotation_trick":  # needed for gradients only: find out before the first one
             import_vector_quantize()
@@ -106,7 +105,7 @@ class CodebookTraining:
         vectors = self.quantizer.vectors(latents)
         if self.average is not None:
             self.average.update(self.codebook, vectors, tokens)
-        if not self.restart_after:
+        if not self.dead_codes.after:
             return torch.empty(0, dtype=torch.int64)
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
         moved = self.dead_codes.restart(self.codebook, vectors, tokens, generator)

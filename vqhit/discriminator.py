@@ -92,9 +92,10 @@ def blur_pool(x: Tensor) -> Tensor:
 
 @functools.cache
 def _blur_kernel(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Made once: every copy to a GPU would wait for it."""
-    taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=dtype) / 8
-    return torch.outer(taps, taps).to(device)
+    """Made once, since every copy to a GPU would wait for it; a normal tensor also if first used for inference."""
+    with torch.inference_mode(False):
+        taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=dtype) / 8
+        return torch.outer(taps, taps).to(device)
 
 
 def average_pool(x: Tensor) -> Tensor:

@@ -8,15 +8,15 @@ come from torchvision's cache or download, or from a file; nothing is unpickled 
 import pickle
 import warnings
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, Strict, field_validator
+from pydantic import Field, field_validator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vqhit.config import Config, NonNegativeInt, Positive, Text
+from vqhit.config import Config, Finite, NonNegativeInt, Positive, Text
 from vqhit.files import KnownFile, check_hash
 
 PerceptualKind = Literal["vgg16", "lpips", "features"]
@@ -31,9 +31,6 @@ VGG16_TORCHVISION = KnownFile(
     f"{_DOWNLOADS}vgg16-397923af.pth",
     "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
 )
-
-
-Finite = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 
 
 class FeaturesConfig(Config):

@@ -139,5 +139,5 @@ def import_vector_quantize() -> ModuleType:
     try:
         import vector_quantize_pytorch
     except ImportError:
-        raise ValueError("this codebook needs vector-quantize-pytorch: pip install 'vqhit[quantizers]'") from None
+        raise ValueError("this codebook needs another package: pip install vector-quantize-pytorch") from None
     return vector_quantize_pytorch

@@ -51,6 +51,7 @@ class Trainer:
         if loss.perceptual:
             perceptual = perceptual_network(loss.perceptual_network, loss.perceptual_weights, loss.perceptual_features)
             check_image_size(perceptual.to(self.device), config.model.image_size)
+        self.perceptual_sha256 = self._perceptual_sha256()
         if self.device.type == "cuda":
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = train.allow_tf32
         torch.manual_seed(config.seed)
@@ -196,7 +197,7 @@ class Trainer:
         self.r1 = float(state["r1"])
         if self.codebook is not None:
             self.codebook.load_state_dict(state)
-        if not torch.equal(state["perceptual_sha256"], self._perceptual_sha256()):
+        if not torch.equal(state["perceptual_sha256"], self.perceptual_sha256):
             raise ConfigError("loss.perceptual_weights: another file than the run was started with")
 
     def _perceptual_sha256(self) -> Tensor:
@@ -228,7 +229,7 @@ class Trainer:
                 "step": torch.tensor(self.step),
                 "usage_counts": self.usage.counts,
                 "r1": torch.tensor(self.r1, dtype=torch.float64),
-                "perceptual_sha256": self._perceptual_sha256(),
+                "perceptual_sha256": self.perceptual_sha256,
             }
             if self.codebook is not None:
                 state |= self.codebook.state_dict()
