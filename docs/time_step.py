@@ -1,4 +1,4 @@
-"""Time a training step and its parts: python docs/time_step.py CONFIG.yaml [KEY=VALUE]... (a GAN and perceptual term on).
+"""Time a training step and its parts: python docs/time_step.py CONFIG.yaml [KEY=VALUE]... (with every term on).
 
 Each part runs alone, forward and backward, best of two, in one process; their sum differs from the whole step.
 """
