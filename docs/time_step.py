@@ -31,11 +31,11 @@ def main(path, overrides):
     """Print the time of a whole step, and of its parts with their shares."""
     trainer = Trainer(RunConfig.from_yaml(path, overrides))
     size = trainer.config.train.batch_size
-    batches = iter(training_batches(trainer.crops, size, 0, 100, trainer.config.data.workers))
-    images = from_uint8(next(batches)).to(trainer.device)
+    batches = iter(training_batches(trainer.feed.crops, size, 0, 100, trainer.config.data.workers))
+    images = from_uint8(next(batches).images).to(trainer.device)
     trainer.train_step(images)
     whole = seconds(lambda: trainer.train_step(images), tries=3)
-    model, discriminator = trainer.model, trainer.discriminator
+    state, model, discriminator = trainer.state, trainer.state.model, trainer.state.discriminator
     latents = model.encode_latents(images).detach()
 
     def on_reconstructions():
@@ -50,11 +50,11 @@ def main(path, overrides):
         (logits.mean() + r1_penalty(logits, real)).backward()
 
     def update():
-        for optimizer in trainer.optimizers.values():
+        for optimizer in state.optimizers.values():
             optimizer.gradient_norm()
-            optimizer.step(trainer.step)
-        if trainer.ema is not None:
-            trainer.ema.update(model, trainer.step)
+            optimizer.step(state.step)
+        if state.ema is not None:
+            state.ema.update(model, state.step)
 
     parts = {
         "encoder": seconds(lambda: model.encode_latents(images).square().mean().backward()),

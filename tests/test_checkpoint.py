@@ -97,3 +97,17 @@ def test_the_checkpoint_just_written_outlives_later_damaged_ones(tmp_path):
     write(tmp_path, 5)  # the run was continued from 4 because 8 is damaged
     checkpoint.prune(tmp_path, 5, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step_000000005"]
+
+
+def test_every_so_many_steps_one_is_kept_for_good(tmp_path):
+    for step in range(1, 9):
+        write(tmp_path, step)
+        checkpoint.prune(tmp_path, step, keep=2, keep_every=3)
+    assert [int(path.name[-2:]) for path in sorted(tmp_path.iterdir())] == [3, 6, 7, 8]
+
+
+def test_the_manifest_says_what_wrote_it(tmp_path):
+    with checkpoint.writing(tmp_path, 1, {"vqhit": "0.1"}) as folder:
+        (folder / "model.bin").write_bytes(b"weights")
+    manifest = json.loads((tmp_path / "step_000000001" / "manifest.json").read_text())
+    assert (manifest["step"], manifest["vqhit"], list(manifest["files"])) == (1, "0.1", ["model.bin"])

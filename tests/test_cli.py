@@ -35,7 +35,7 @@ def fails(result, *parts):
         assert part in line
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "eval", "reconstruct"])
+@pytest.mark.parametrize("command", ["demo", "prepare", "train", "eval", "reconstruct"])
 def test_every_command_has_help_with_an_example(command):
     result = vqhit(command, "--help")
     assert result.returncode == 0
@@ -119,12 +119,12 @@ def test_paths_may_look_like_markup(model_folder, photo_folder, tmp_path):
 
 def test_user_mistakes_are_one_line_each(model_folder, photo_folder, tmp_path):
     fails(vqhit("eval", "--model", "nowhere", "--data", photo_folder, cwd=tmp_path), "nowhere: no such folder")
-    fails(vqhit("eval", "--model", model_folder, "--data", "empty", cwd=tmp_path), "empty: no such folder of images")
+    fails(vqhit("eval", "--model", model_folder, "--data", "empty", cwd=tmp_path), "empty: no such folder, and no id")
     fails(vqhit("eval", "--model", model_folder, "--data", photo_folder, "--out", tmp_path), "--out is the JSON file")
     fails(vqhit("train", "absent.yaml", cwd=tmp_path), "absent.yaml: no such file")
     demo = Path(__file__).parent.parent / "configs" / "demo.yaml"
     fails(vqhit("train", demo, "train.stepz=1", cwd=tmp_path), "train.stepz: unknown key; did you mean 'steps'?")
-    fails(vqhit("train", demo, "data.path=nowhere", cwd=tmp_path), "nowhere: no such folder of images")
+    fails(vqhit("train", demo, "data.path=nowhere", cwd=tmp_path), "nowhere: no such folder, and no id")
     assert not (tmp_path / "demo").exists()
     assert not (tmp_path / "eval.json").exists()
 

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from vqhit.data import list_images
 from vqhit.evaluate import evaluate_tokenizer, psnr, ssim
+from vqhit.folder import list_images
 from vqhit.images import center_crop, load_image, pil_to_uint8, to_uint8
 
 
@@ -64,8 +64,9 @@ def test_ssim_refuses_images_smaller_than_its_window():
 
 def test_evaluation_is_the_mean_over_images_and_names_its_protocol(tiny_model, photo_folder):
     results = evaluate_tokenizer(tiny_model, photo_folder, batch_size=4)
-    crops = torch.stack([pil_to_uint8(center_crop(load_image(path), 16)) for path in list_images(photo_folder)])
-    floats = tiny_model.preprocess(list_images(photo_folder))
+    paths = [photo_folder / name for name in list_images(photo_folder)]
+    crops = torch.stack([pil_to_uint8(center_crop(load_image(path), 16)) for path in paths])
+    floats = tiny_model.preprocess(paths)
     tokens = tiny_model.encode(floats)
     reconstructions = torch.stack([pil_to_uint8(image) for image in tiny_model.postprocess(tiny_model.decode(tokens))])
     assert results["images"] == 6
@@ -88,7 +89,7 @@ def test_results_do_not_depend_on_batch_size_or_workers(tiny_model, photo_folder
 
 def test_limit_takes_images_spread_over_the_folder(tiny_model, photo_folder):
     assert evaluate_tokenizer(tiny_model, photo_folder, limit=2)["images"] == 2
-    paths = list_images(photo_folder)
+    paths = [photo_folder / name for name in list_images(photo_folder)]
     first_and_fourth = tiny_model.preprocess([paths[0], paths[3]])
     expected = psnr(to_uint8(first_and_fourth), to_uint8(tiny_model.reconstruct(first_and_fourth))).mean().item()
     assert evaluate_tokenizer(tiny_model, photo_folder, limit=2)["psnr"] == pytest.approx(expected, rel=1e-6)

@@ -52,7 +52,12 @@ def make_trainer(tiny_config, photo_folder, tmp_path, monkeypatch):
             }
         )
         trainer = Trainer(config)
-        for module in (trainer.model, trainer.discriminator, trainer.ema.model, trainer.objective.perceptual):
+        for module in (
+            trainer.state.model,
+            trainer.state.discriminator,
+            trainer.state.ema.model,
+            trainer.objective.perceptual,
+        ):
             module.double()
         return trainer
 
@@ -126,7 +131,7 @@ def assert_close(found, expected, what, atol=1e-12):
 def gradients_of(trainer):
     return {
         f"{name} of {kind}": parameter.grad.clone()
-        for kind, module in (("model", trainer.model), ("D", trainer.discriminator))
+        for kind, module in (("model", trainer.state.model), ("D", trainer.state.discriminator))
         for name, parameter in module.named_parameters()
         if parameter.grad is not None
     }
@@ -136,9 +141,9 @@ def gradients_of(trainer):
 def test_two_whole_steps_equal_the_formulas_in_float64(make_trainer, adaptive):
     trainer = make_trainer({"adaptive": adaptive})
     loss = trainer.config.loss
-    model, discriminator = copy.deepcopy(trainer.model), copy.deepcopy(trainer.discriminator)
+    model, discriminator = copy.deepcopy(trainer.state.model), copy.deepcopy(trainer.state.discriminator)
     start = copy.deepcopy(model), copy.deepcopy(discriminator)
-    average = dict(trainer.ema.model.state_dict())
+    average = dict(trainer.state.ema.model.state_dict())
     average = {name: tensor.clone() for name, tensor in average.items()}
     history = [[], []]
     for step in range(2):
@@ -149,7 +154,10 @@ def test_two_whole_steps_equal_the_formulas_in_float64(make_trainer, adaptive):
 
         for name, value in values.items():
             assert found[name] == pytest.approx(value, rel=1e-9), name
-        networks = ((trainer.model, model, 1e-3, 0.0, 0.99), (trainer.discriminator, discriminator, 2e-3, 0.5, 0.9))
+        networks = (
+            (trainer.state.model, model, 1e-3, 0.0, 0.99),
+            (trainer.state.discriminator, discriminator, 2e-3, 0.5, 0.9),
+        )
         for index, (ours, theirs, rate, beta1, beta2) in enumerate(networks):
             history[index].append(gradients[index])
             norm = math.sqrt(sum(float((gradient**2).sum()) for gradient in gradients[index]))
@@ -165,27 +173,27 @@ def test_two_whole_steps_equal_the_formulas_in_float64(make_trainer, adaptive):
                 assert_close(parameter.detach(), expected, name, atol=1e-10)  # some gradients are 0 but for rounding
                 theirs.get_parameter(name).data.copy_(expected)
         decay = (1 + step + 1) / (10 + step + 1)
-        for name, tensor in trainer.model.state_dict().items():
+        for name, tensor in trainer.state.model.state_dict().items():
             if tensor.is_floating_point():
                 average[name] = decay * average[name] + (1 - decay) * tensor
-                assert_close(trainer.ema.model.state_dict()[name], average[name], f"average of {name}")
+                assert_close(trainer.state.ema.model.state_dict()[name], average[name], f"average of {name}")
             else:
-                assert torch.equal(trainer.ema.model.state_dict()[name], tensor)
+                assert torch.equal(trainer.state.ema.model.state_dict()[name], tensor)
 
 
 def test_before_its_start_there_is_no_discriminator_and_then_its_weight_grows(make_trainer):
     trainer = make_trainer({"discriminator_start_step": 2, "adversarial_warmup_steps": 4})
-    before = copy.deepcopy(trainer.discriminator.state_dict())
+    before = copy.deepcopy(trainer.state.discriminator.state_dict())
     found = [trainer.train_step(batch(seed=step)) for step in range(2)]
     for values in found:
         assert not {"adversarial", "discriminator", "r1", "real_logits", "adversarial_weight"} & values.keys()
         assert values["loss"] == pytest.approx(values["reconstruction"] + values["perceptual"] + values["codebook"])
-    for name, tensor in trainer.discriminator.state_dict().items():
+    for name, tensor in trainer.state.discriminator.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     found = [trainer.train_step(batch(seed=step)) for step in range(2, 8)]
     expected = [0.025, 0.05, 0.075, 0.1, 0.1, 0.1]
     assert [values["adversarial_weight"] for values in found] == pytest.approx(expected)
-    assert not torch.equal(trainer.discriminator.from_rgb.weight, before["from_rgb.weight"])
+    assert not torch.equal(trainer.state.discriminator.from_rgb.weight, before["from_rgb.weight"])
 
 
 def test_lazy_r1_comes_every_few_steps_with_as_many_times_the_weight(make_trainer):
@@ -193,10 +201,10 @@ def test_lazy_r1_comes_every_few_steps_with_as_many_times_the_weight(make_traine
     images = batch()
     trainer.objective.backward(images, step=3)
     with_r1 = gradients_of(trainer)
-    trainer.discriminator.zero_grad()
+    trainer.state.discriminator.zero_grad()
     trainer.objective.backward(images, step=4)
     without = gradients_of(trainer)
-    trainer.discriminator.zero_grad()
+    trainer.state.discriminator.zero_grad()
     trainer.objective.config = trainer.config.loss.model_copy(update={"r1_every": 1, "r1": 6.0})
     trainer.objective.backward(images, step=4)
     for name, gradient in gradients_of(trainer).items():
@@ -216,14 +224,14 @@ def test_gradients_accumulate_to_those_of_the_whole_batch(make_trainer, tmp_path
     whole = make_trainer(run_dir=str(tmp_path / "whole"))
     parts = make_trainer(run_dir=str(tmp_path / "parts"), train={"micro_batch_size": 3})
     for trainer in (whole, parts):
-        trainer.model.eval()  # batch norm: in training its statistics are those of each part
+        trainer.state.model.eval()  # batch norm: in training its statistics are those of each part
     first, second = (trainer.train_step(batch()) for trainer in (whole, parts))
     for name, value in first.items():
         assert second[name] == pytest.approx(value, rel=1e-9), name
     for name, gradient in gradients_of(whole).items():
         assert_close(gradients_of(parts)[name], gradient, name)
     # weights move by Adam, which amplifies rounding where the gradient is zero but for rounding
-    for (name, ours), theirs in zip(parts.model.named_parameters(), whole.model.parameters(), strict=True):
+    for (name, ours), theirs in zip(parts.state.model.named_parameters(), whole.state.model.parameters(), strict=True):
         assert_close(ours.detach(), theirs.detach(), name, atol=1e-8)
 
 

@@ -32,6 +32,10 @@ class Draws:
     cutout_x: Tensor | None = None
     """Centre of the square, in pixels."""
 
+    def part(self, images: slice) -> "Draws":
+        """Draws of some of the images."""
+        return Draws(**{name: value if value is None else value[images] for name, value in vars(self).items()})
+
 
 def draw(
     batch: int, height: int, width: int, kinds: Sequence[Augmentation] = ALL, *, generator: torch.Generator

@@ -3,8 +3,9 @@
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,14 +25,22 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, 
 
 def main() -> None:
     """Run the command; an error that the user can mend is one line on standard error and exit code 2."""
+    warnings.showwarning = _show_warning
     try:
         app()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (ValueError, OSError, RuntimeError) as error:
         out_of_memory = "memory" in str(error)  # torch: on the CPU a bare RuntimeError, on CUDA a class of its own
         if os.environ.get("VQHIT_TRACEBACK") or (isinstance(error, RuntimeError) and not out_of_memory):
             raise
-        print(f"vqhit: {' '.join(str(error).split())}", file=sys.stderr)
+        if not (type(error).__name__ == "SharedError" and int(os.environ.get("RANK", "0"))):
+            print(f"vqhit: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"vqhit: warning: {message}", file=sys.stderr)
 
 
 def _print_version(wanted: bool) -> None:
@@ -75,25 +84,81 @@ def demo(
 
 
 @app.command()
+def prepare(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="Folder of images, `datasets` folder, or id on the Hub.")
+    ],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")],
+    size: Annotated[int, typer.Option("--size", min=1, help="Side of the training crops in px.")] = 256,
+    crop_proportion: Annotated[float, typer.Option("--crop-proportion", help="Their share of the short side.")] = 0.875,
+    image_format: Annotated[str, typer.Option("--format", help="jpeg, png or webp.")] = "jpeg",
+    quality: Annotated[int, typer.Option("--quality", min=1, max=100, help="Of JPEG and WebP.")] = 95,
+    split: Annotated[
+        str | None, typer.Option("--split", help="Of a data set that has splits; train if not set.")
+    ] = None,
+    image_column: Annotated[str | None, typer.Option("--image-column", help="Found if not set.")] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")] = None,
+    max_bad: Annotated[float, typer.Option("--max-bad", help="Share of unreadable images that stops it.")] = 0.01,
+    workers: Annotated[int, typer.Option("--workers", min=0, help="Loader processes.")] = 0,
+) -> None:
+    """Resize images once, so that training crops need no resampling, into a folder that `datasets` opens.
+
+    Example: vqhit prepare /data/imagenet/train /data/imagenet256 --size 256 --workers 8
+    """
+    from vqhit.prepare import PrepareConfig
+    from vqhit.prepare import prepare as write_prepared
+
+    config = PrepareConfig(
+        path=source,
+        split=split,
+        revision=revision,
+        image_column=image_column,
+        size=size,
+        crop_proportion=crop_proportion,
+        format=image_format,
+        quality=quality,
+        max_bad=max_bad,
+        workers=workers,
+    )
+    report = write_prepared(config, destination)
+    left_out = f"; {report['skipped']} left out, listed in skipped.txt" if report["skipped"] else ""
+    print(f"{destination}: {report['images']} images of short side {report['short_side_px']} px{left_out}")
+
+
+@app.command()
 def train(config: Annotated[Path, typer.Argument(help="YAML file of the run.")], overrides: Overrides = None) -> None:
     """Train a tokenizer; the same command continues a run that was stopped.
 
+    SIGTERM, SIGUSR1 and Ctrl-C end it after the step that is under way, with a checkpoint; the exit code is then 128
+    and the signal's number. With several processes: torchrun --nproc-per-node 8 -m vqhit train ...
+
     Example: vqhit train configs/vqhit_imagenet256.yaml data.path=/data/imagenet/train train.batch_size=64
     """
+    from vqhit import distributed
     from vqhit.recipe import RunConfig
     from vqhit.train import Trainer
 
     trainer = Trainer(RunConfig.from_yaml(config, overrides or []))
-    if trainer.step:
-        print(f"continuing {trainer.folder.path} at step {trainer.step}")
+    show = print if distributed.is_first() else lambda _: None
+    if trainer.state.step:
+        order = ", the stream in another order" if trainer.feed.count is None else ""
+        show(f"continuing {trainer.folder.path} at step {trainer.state.step}{order}")
     folder = trainer.run()
-    print(f"{folder}: the trained model" if folder else f"stopped at step {trainer.step}; the same command continues")
+    distributed.stop()
+    if folder is not None:
+        show(f"{folder}: the trained model")
+    elif trainer.stopped_by is None:
+        show(f"stopped at step {trainer.state.step}; the same command continues")
+    else:
+        show(f"{trainer.stopped_by.name}: stopped at step {trainer.state.step}, saved; the same command continues")
+        raise typer.Exit(128 + trainer.stopped_by)
 
 
 @app.command("eval")
 def evaluate(
     model: ModelDir,
-    data: Annotated[Path, typer.Option("--data", help="Folder of images, searched with its subfolders.")],
+    data: Annotated[str, typer.Option("--data", help="Folder of images, `datasets` folder, or Hub id.")],
+    split: Annotated[str | None, typer.Option("--split", help="Of a data set; by default validation.")] = None,
     out: Annotated[Path, typer.Option("--out", help="JSON file to write.")] = Path("eval.json"),
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 16,
     limit: Annotated[
@@ -121,7 +186,7 @@ def evaluate(
     tokenizer = VQHiT.from_pretrained(model, device=device)
     results = {
         "model": str(model),
-        **evaluate_tokenizer(tokenizer, data, batch_size=batch_size, limit=limit, workers=workers),
+        **evaluate_tokenizer(tokenizer, data, split=split, batch_size=batch_size, limit=limit, workers=workers),
     }
     write_atomic(out, (json.dumps(results, indent=2) + "\n").encode())
     table = Table(title=Text(f"{model} on {results['images']} images of {data}"), box=box.SIMPLE)
@@ -136,6 +201,8 @@ def evaluate(
         f"{results['seconds']:.1f}",
     )
     Console().print(table)
+    if results["skipped"]:
+        print(f"{results['skipped']} images cannot be read; {out} lists them")
     print(f"{out}: the same, with the protocol")
 
 

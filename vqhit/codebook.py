@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from vqhit import distributed
 from vqhit.quantizer import Quantizer, import_vector_quantize
 
 
@@ -20,11 +21,12 @@ class CodebookAverage:
 
     @torch.no_grad()
     def update(self, codebook: Tensor, vectors: Tensor, tokens: Tensor) -> None:
-        """Move the codes towards the latents (N, C) that chose them; tokens of any shape, N in all."""
+        """Move the codes towards the latents (N, C) of all processes that chose them; tokens of any shape, N in all."""
         tokens, vectors = tokens.flatten(), vectors.to(self.sums)
-        chosen = torch.bincount(tokens, minlength=len(codebook)).to(self.counts)
+        chosen = distributed.total(torch.bincount(tokens, minlength=len(codebook))).to(self.counts)
+        sums = distributed.total(torch.zeros_like(self.sums).index_add_(0, tokens, vectors))
         self.counts.lerp_(chosen, 1 - self.decay)
-        self.sums.lerp_(torch.zeros_like(self.sums).index_add_(0, tokens, vectors), 1 - self.decay)
+        self.sums.lerp_(sums, 1 - self.decay)
         total, smoothing = self.counts.sum(), 1e-5
         smoothed = (self.counts + smoothing) / (total + len(codebook) * smoothing) * total
         alive = (self.counts > 100 * smoothing)[:, None]
@@ -46,6 +48,12 @@ class CodebookUsage:
         """Add tokens of any shape."""
         self.counts += torch.bincount(tokens.flatten().cpu(), minlength=len(self.counts))
 
+    def gather(self) -> "CodebookUsage":
+        """Counts of all processes together."""
+        together = CodebookUsage(len(self.counts))
+        together.counts = distributed.total(self.counts.clone())
+        return together
+
     @property
     def codes_used(self) -> int:
         """Number of codes chosen at least once."""
@@ -66,7 +74,8 @@ class CodebookUsage:
 class DeadCodes:
     """Finds codes that no latent has chosen for `after` steps, and moves them onto latents that are there.
 
-    Every code starts out dead, so that the first steps place the codebook among the latents.
+    Every code starts out dead, so that the first steps place the codebook among the latents. With several processes a
+    latent of any of them counts, and all take the same ones, as one process with the whole batch would.
     """
 
     def __init__(self, codebook_size: int, after: int) -> None:
@@ -76,11 +85,14 @@ class DeadCodes:
     @torch.no_grad()
     def restart(self, codebook: Tensor, vectors: Tensor, tokens: Tensor, generator: torch.Generator) -> Tensor:
         """Count one step with its latents (N, C) and tokens, N in all; returns the rows that were moved, (M,)."""
-        used = torch.bincount(tokens.flatten(), minlength=len(codebook)).cpu() > 0
+        used = distributed.total(torch.bincount(tokens.flatten(), minlength=len(codebook))).cpu() > 0
         self.unused_steps = torch.where(used, 0, self.unused_steps + 1)
-        dead = (self.unused_steps > self.after).nonzero().flatten()[: len(vectors)]
-        chosen = torch.randperm(len(vectors), generator=generator)[: len(dead)]
-        codebook[dead.to(codebook.device)] = vectors[chosen.to(vectors.device)].to(codebook.dtype)
+        here, everywhere = len(vectors), len(vectors) * distributed.world_size()
+        dead = (self.unused_steps > self.after).nonzero().flatten()[:everywhere]
+        chosen = torch.randperm(everywhere, generator=generator)[: len(dead)] - here * distributed.rank()
+        mine = ((chosen >= 0) & (chosen < here))[:, None].to(vectors.device)
+        found = distributed.total(torch.where(mine, vectors[chosen.clamp(0, here - 1).to(vectors.device)], 0))
+        codebook[dead.to(codebook.device)] = found.to(codebook.dtype)
         self.unused_steps[dead] = 0
         return dead.to(codebook.device)
 

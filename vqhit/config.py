@@ -140,7 +140,9 @@ def _apply(values: dict[Any, Any], override: str) -> None:
     except ConfigError as error:
         raise ConfigError(error.problems, f"override {override!r}") from None
     for depth, part in enumerate(parts[:-1], start=1):
-        values = values.setdefault(part, {})
+        if values.get(part) is None:  # absent, or a part that is switched off
+            values[part] = {}
+        values = values[part]
         if not isinstance(values, dict):
             raise ConfigError(f"override {override!r}: {'.'.join(parts[:depth])} is a value, it has no keys below it")
     values[parts[-1]] = value

@@ -56,15 +56,15 @@ def run_demo(config: RunConfig, out: Path) -> dict[str, Any]:
     _copy_photos(TRAINING_PHOTOS, out / "photos" / "train")
     _copy_photos(HELD_OUT_PHOTOS, out / "photos" / "held_out")
     trainer = Trainer(config)
-    trained_from = trainer.step
+    trained_from = trainer.state.step
     if trained_from < config.train.steps:
         trainer.run()
-    training_s = time.perf_counter() - started if trainer.step > trained_from else 0.0
+    training_s = time.perf_counter() - started if trainer.state.step > trained_from else 0.0
     if trained_from:  # training that an earlier call has done counts too
         training_s += _earlier_training_s(out / "results.json")
     trained = time.perf_counter()
-    if trainer.step < config.train.steps:
-        print(f"out of time at step {trainer.step} of {config.train.steps}; the same command trains the rest")
+    if trainer.state.step < config.train.steps:
+        print(f"out of time at step {trainer.state.step} of {config.train.steps}; the same command trains the rest")
     folder = newest(trainer.folder.checkpoints)
     assert folder is not None  # the trainer ends with a checkpoint
     model = VQHiT.from_pretrained(folder)
@@ -89,8 +89,8 @@ def run_demo(config: RunConfig, out: Path) -> dict[str, Any]:
         "tokens_per_image": model.num_tokens,
         "codebook_size": model.codebook_size,
         "bits_per_pixel": bits / model.config.image_size**2,
-        "steps": trainer.step,
-        "steps_this_time": trainer.step - trained_from,
+        "steps": trainer.state.step,
+        "steps_this_time": trainer.state.step - trained_from,
         "seconds": round(training_s + time.perf_counter() - trained, 1),
         "seconds_training": round(training_s, 1),
         "seconds_encode_decode": round(coding_s, 3),

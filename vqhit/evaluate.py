@@ -1,7 +1,7 @@
 """Reconstruction quality: PSNR, SSIM, codebook usage and perplexity, with the protocol beside the numbers."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +9,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqhit import __version__
+from vqhit import __version__, distributed
 from vqhit.codebook import CodebookUsage
-from vqhit.data import CenterCrops, list_images, load_batches
+from vqhit.config import Count
+from vqhit.data import CenterCrops, Skipped, load_batches
+from vqhit.folder import DataError
 from vqhit.images import from_uint8, to_uint8
 from vqhit.models import VQHiT
 from vqhit.progress import ProgressBar
+from vqhit.sources import ImageSource, SourceConfig, evenly_spaced, open_source
 
 PSNR_CEILING_DB = 100.0
 """Reported for images that are equal, whose PSNR has no finite value."""
+
+
+class EvalConfig(SourceConfig):
+    """Images to evaluate on while training: PSNR, SSIM and codebook usage of the model that would be saved."""
+
+    every: Count = 5000
+    """Steps between evaluations; the last step is one too."""
+    images: Count = 1000
+    """At most so many, evenly spaced: always the same ones."""
 
 
 def psnr(first: Tensor, second: Tensor) -> Tensor:
@@ -58,6 +70,8 @@ class Reconstruction:
         self.model = model
         self.usage = CodebookUsage(model.codebook_size)
         self.images = 0
+        self.skipped: list[str] = []
+        """What was wrong with images that could not be read."""
         self._psnr = self._ssim = 0.0
 
     def update(self, originals: Tensor) -> Tensor:
@@ -70,10 +84,20 @@ class Reconstruction:
         self.images += len(originals)
         return reconstructions
 
+    def gather(self) -> None:
+        """Take in what the other processes have measured."""
+        sums = torch.tensor([self.images, self._psnr, self._ssim], dtype=torch.float64)
+        images, self._psnr, self._ssim = distributed.total(sums).tolist()
+        self.images, self.usage = int(images), self.usage.gather()
+        self.skipped = [problem for each in distributed.gather_objects(self.skipped) for problem in each]
+
     def result(self) -> dict[str, Any]:
-        """Means over all images so far, and codebook counts."""
+        """Means over all images so far, and codebook counts; raises `DataError` if there was none."""
+        if not self.images:
+            raise DataError(f"no image to evaluate on can be read; the first: {self.skipped[0]}")
         return {
             "images": self.images,
+            "skipped": len(self.skipped),
             "psnr": self._psnr / self.images,
             "ssim": self._ssim / self.images,
             "codes_used": self.usage.codes_used,
@@ -82,44 +106,63 @@ class Reconstruction:
         }
 
 
-def evenly_spaced(paths: list[Path], limit: int | None) -> list[Path]:
-    """Return at most `limit` paths, evenly spaced in the list."""
-    if limit is None or limit >= len(paths):
-        return paths
-    return [paths[index * len(paths) // limit] for index in range(limit)]
-
-
 def measure(
-    model: VQHiT, paths: list[Path], batch_size: int, workers: int, on_batch: Callable[[int], None] | None = None
+    model: VQHiT,
+    source: ImageSource,
+    indices: Sequence[int],
+    batch_size: int,
+    workers: int,
+    on_batch: Callable[[int], None] | None = None,
 ) -> Reconstruction:
-    """Reconstruct the center crops of image files and compare; `on_batch` is told how many images each batch had."""
+    """Reconstruct the center crops of some images and compare; each process takes its share, all return the same.
+
+    `on_batch` is told how many images each batch of this process had.
+    """
     measured = Reconstruction(model)
-    crops = CenterCrops(paths, model.config.image_size)
-    for originals in load_batches(crops, range(len(paths)), batch_size, workers):
-        measured.update(originals)
+    mine = indices[distributed.rank() :: distributed.world_size()]
+    order = (mine[start : start + batch_size] for start in range(0, len(mine), batch_size))
+    for batch in load_batches(CenterCrops(source, model.config.image_size), order, workers):
+        if len(batch.images):
+            measured.update(batch.images)
+        measured.skipped += batch.skipped
         if on_batch is not None:
-            on_batch(len(originals))
+            on_batch(len(batch.images))
+    measured.gather()
     return measured
 
 
 def evaluate_tokenizer(
-    model: VQHiT, data: Path | str, *, batch_size: int = 16, limit: int | None = None, workers: int = 0
+    model: VQHiT,
+    data: Path | str,
+    *,
+    split: str | None = None,
+    batch_size: int = 16,
+    limit: int | None = None,
+    workers: int = 0,
+    max_bad: float = 0.01,
 ) -> dict[str, Any]:
-    """Measure a tokenizer on a folder of images; the result is JSON-able and names its protocol.
+    """Measure a tokenizer on a folder of images or a data set; the result is JSON-able and names its protocol.
 
-    `limit` takes that many images, evenly spaced in the sorted list.
+    `limit` takes that many images, evenly spaced in the list. Those that cannot be read are left out and listed; raises
+    `DataError` if they are more than the share `max_bad`.
     """
-    paths = evenly_spaced(list_images(data), limit)
+    source = open_source(SourceConfig(path=str(data), split=split), split="validation")
+    indices = evenly_spaced(len(source), limit)
     started = time.perf_counter()
-    with ProgressBar("eval", -(-len(paths) // batch_size)) as bar:
-        measured = measure(model, paths, batch_size, workers, bar.advance)
+    with ProgressBar("eval", -(-len(indices) // batch_size)) as bar:
+        measured = measure(model, source, indices, batch_size, workers, bar.advance)
+    skipped = Skipped(max_bad, len(indices))
+    skipped.add(measured.skipped)
+    skipped.check(len(indices))
     return {
         **measured.result(),
+        "skipped_images": measured.skipped,
         "codebook_size": model.codebook_size,
         "tokens_per_image": model.num_tokens,
         "seconds": round(time.perf_counter() - started, 2),
         "protocol": {
             "data": str(data),
+            "split": split,
             "image_size": model.config.image_size,
             "crop": "ADM center crop: box halving, bicubic resize of the short side",
             "rounding": "reconstructions clamped and rounded to uint8",

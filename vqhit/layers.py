@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from vqhit import distributed
+
 
 def block(x: Tensor, size: int) -> Tensor:
     """Cut a map into `size` x `size` blocks: (B, H, W, C) -> (B, H/size * W/size, size², C) (paper section 3.2)."""
@@ -54,13 +56,38 @@ class BatchNorm(nn.BatchNorm1d):
 
     Keras' epsilon 1e-3 and momentum 0.99 (torch counts the other way: 0.01). The running variance is the unbiased one.
     Departure: the paper says layer norm (appendix A.1); the official code and its results have batch norm.
+
+    `synchronized`, set before training with several processes, takes the statistics over the batches of all of them,
+    which must be equally large (the official code: of each by itself). torch's SyncBatchNorm needs CUDA; this does not.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=1e-3, momentum=0.01)
+        self.synchronized = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.reshape(-1, x.shape[-1])).view(x.shape)
+        rows = x.reshape(-1, x.shape[-1])
+        if self.training and self.synchronized and distributed.world_size() > 1:
+            return self._synchronized(rows).view(x.shape)
+        return super().forward(rows).view(x.shape)
+
+    def _synchronized(self, rows: Tensor) -> Tensor:
+        exact = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        own_variance, own_mean = torch.var_mean(exact, 0, unbiased=False)
+        means, variances = distributed.gathered(torch.stack([own_mean, own_variance])).unbind(1)
+        mean = means.mean(0)
+        variance = (variances + (means - mean).square()).mean(0)
+        with torch.no_grad():
+            assert self.num_batches_tracked is not None
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            self.num_batches_tracked.add_(1)
+            count = len(rows) * len(means)
+            weight = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
+            self.running_mean.lerp_(mean.to(self.running_mean), weight)
+            self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var), weight)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return torch.addcmul(self.bias - mean * scale, exact, scale).to(rows.dtype)
 
 
 @torch.no_grad()

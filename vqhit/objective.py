@@ -11,11 +11,14 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
+from vqhit import distributed
+from vqhit.augment import Draws, augment
 from vqhit.config import Config, Count, Flag, NonNegative, NonNegativeInt, Positive, Text
 from vqhit.discriminator import Discriminator
 from vqhit.losses import (
     GANLoss,
     adaptive_weight,
+    consistency_loss,
     discriminator_loss,
     generator_loss,
     r1_penalty,
@@ -41,7 +44,8 @@ class LossConfig(Config):
     """λ2 of eq. 5; the paper has 0.1."""
     gan: GANLoss = "non_saturating"
     adaptive: Flag = False
-    """Multiply λ2 by VQGAN's ratio of gradients at the weight of the last layer to RGB, for each micro-batch."""
+    """Multiply λ2 by VQGAN's ratio of gradients at the weight of the last layer to RGB, for each micro-batch (those of
+    all processes together)."""
     adaptive_max: Positive = 1e4
     adversarial_warmup_steps: NonNegativeInt = 0
     """Steps over which λ2 grows linearly from the discriminator's start."""
@@ -51,6 +55,9 @@ class LossConfig(Config):
     """γ of eq. 4."""
     r1_every: Count = 1
     """Penalise every so many steps only, with as many times the weight (lazy R1)."""
+    consistency: NonNegative = 0.0
+    """bCR (section 4.2): the discriminator's logits of augmented and of clean images agree; the paper's GANs have
+    10, its VQ-HiT none."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -92,9 +99,12 @@ class TokenizerObjective:
         self.config, self.model, self.discriminator, self.perceptual = config, model, discriminator, perceptual
         self.autocast = autocast or torch.autocast("cpu", enabled=False)
 
-    def backward(self, images: Tensor, step: int, share: float = 1.0) -> tuple[VQHiTOutput, dict[str, Tensor]]:
+    def backward(
+        self, images: Tensor, step: int, share: float = 1.0, draws: tuple[Draws, Draws] | None = None
+    ) -> tuple[VQHiTOutput, dict[str, Tensor]]:
         """Add `share` times the gradients of a batch (B, 3, H, W) in [-1, 1] to those of both networks.
 
+        `draws` are the augmentations of the images and of their reconstructions; consistency needs them.
         Returns the output, detached, and by name: each weighted term of the autoencoder's loss, their sum `loss`, the
         terms of the discriminator's, its logits, and the weight of the adversarial term.
         """
@@ -113,7 +123,11 @@ class TokenizerObjective:
                 fake_logits, reconstruction, output.reconstruction, gradient, step
             )
             gradient = gradient + adversarial_gradient
-            found = self._discriminator_backward(images, fake_logits, step, share) | {"adversarial_weight": weight}
+            augmented = (
+                None if draws is None else (augment(images, draws[0]), augment(reconstruction.detach(), draws[1]))
+            )
+            found = self._discriminator_backward(images, fake_logits, augmented, step, share)
+            found["adversarial_weight"] = weight
         terms["codebook"] = self.config.codebook * output.codebook_loss
         sources, gradients = [output.reconstruction], [share * gradient.to(output.reconstruction.dtype)]
         if terms["codebook"].requires_grad:  # FSQ has no loss
@@ -133,16 +147,16 @@ class TokenizerObjective:
         if self.config.adaptive:
             last = self.model.backbone.last_layer.weight
             of_image_terms, of_adversarial = (
-                torch.autograd.grad(output, last, at_output.to(output.dtype), retain_graph=True)[0]
+                distributed.mean(torch.autograd.grad(output, last, at_output.to(output.dtype), retain_graph=True)[0])
                 for at_output in (gradient, at_reconstruction)
             )
             weight = weight * adaptive_weight(of_image_terms, of_adversarial, self.config.adaptive_max)
         return weight * term.detach(), weight, weight * at_reconstruction
 
     def _discriminator_backward(
-        self, images: Tensor, fake_logits: Tensor, step: int, share: float
+        self, images: Tensor, fake_logits: Tensor, augmented: tuple[Tensor, Tensor] | None, step: int, share: float
     ) -> dict[str, Tensor]:
-        """Add the gradients of eq. 4 to the discriminator's; the real logits serve its loss and R1."""
+        """Add the gradients of eq. 4 to the discriminator's; the clean logits serve its loss, R1 and consistency."""
         assert self.discriminator is not None
         penalise = self.config.r1 > 0 and step % self.config.r1_every == 0
         real = images.detach().requires_grad_(penalise)
@@ -153,6 +167,11 @@ class TokenizerObjective:
             penalty = r1_penalty(real_logits, real)
             loss = adversarial + self.config.r1 * self.config.r1_every * penalty
             found["r1"] = penalty.detach()
+        if self.config.consistency and augmented is not None:
+            real_augmented, fake_augmented = (self.discriminator(each) for each in augmented)
+            consistency = consistency_loss(real_logits, fake_logits, real_augmented, fake_augmented)
+            loss = loss + self.config.consistency * consistency
+            found["consistency"] = consistency.detach()
         (share * loss).backward(inputs=list(self.discriminator.parameters()))
         return found | {
             "discriminator": adversarial.detach(),

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from vqhit import distributed
 from vqhit.config import Config, Decay, NonNegativeInt, Positive
 
 
@@ -50,6 +51,10 @@ class Optimizer:
     def zero_grad(self) -> None:
         """Forget the gradients."""
         self.adam.zero_grad(set_to_none=True)
+
+    def average_gradients(self) -> None:
+        """Average the gradients over all processes: one flat all-reduce."""
+        distributed.average_gradients(self.parameters.values())
 
     def gradient_norm(self) -> float:
         """Norm over all gradients; raises `ValueError` that names a parameter whose gradient is not finite."""

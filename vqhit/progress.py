@@ -13,11 +13,11 @@ _PLAIN_LINE_EVERY_S = 15.0
 class ProgressBar:
     """Shows how far a loop is, its speed, the time left and any numbers given to `advance`.
 
-    `total` and `done` count loop iterations; the speed counts images.
+    `total` and `done` count loop iterations; the speed counts images. A `hidden` one only measures the speed.
     """
 
-    def __init__(self, title: str, total: int, *, done: int = 0) -> None:
-        self.title, self.total, self.done = title, total, done
+    def __init__(self, title: str, total: int, *, done: int = 0, hidden: bool = False) -> None:
+        self.title, self.total, self.done, self.hidden = title, total, done, hidden
         self.console = Console()
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -28,7 +28,7 @@ class ProgressBar:
             TimeRemainingColumn(elapsed_when_finished=False),
             TextColumn("{task.fields[numbers]}"),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=hidden or not self.console.is_terminal,
         )
         self._task = self._bar.add_task(title, total=total, completed=done, numbers="")
         self.rate = 0.0
@@ -56,7 +56,11 @@ class ProgressBar:
         parts = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items()]
         parts += [f"{self.rate:.3g} images/s"] if self.rate else []
         self._bar.update(self._task, advance=1, numbers=", ".join(parts))
-        if self._bar.disable and (now - self._last_line >= _PLAIN_LINE_EVERY_S or self.done == self.total):
+        if (
+            self._bar.disable
+            and not self.hidden
+            and (now - self._last_line >= _PLAIN_LINE_EVERY_S or self.done == self.total)
+        ):
             self._last_line = now
             left = self._bar.tasks[0].time_remaining
             parts += [f"{left:.0f} s left"] if left else []

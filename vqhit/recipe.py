@@ -4,20 +4,24 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from vqhit.config import Config, Count, Flag, NonNegativeInt, Positive, Text
+from vqhit.config import Config, ConfigError, Count, Flag, NonNegativeInt, Positive, Text
 from vqhit.data import DataConfig
 from vqhit.discriminator import STDDEV_GROUP, DiscriminatorConfig
 from vqhit.ema import EMAConfig
+from vqhit.evaluate import EvalConfig
+from vqhit.logs import LogConfig
 from vqhit.models import VQHiTConfig
 from vqhit.objective import LossConfig
 from vqhit.optimizer import OptimizerConfig
 
 # What may change between the start of a run and its continuation; anything else would make it another run.
 CHANGEABLE = (
-    {"run_dir", "device", "loss.perceptual_weights"}
-    | {f"data.{key}" for key in ("path", "validation_path", "workers", "cache_images")}
-    | {f"train.{key}_every" for key in ("log", "grid", "evaluate", "checkpoint")}
-    | {"train.evaluate_images", "train.keep_checkpoints", "train.max_minutes", "train.compile"}
+    {"run_dir", "device", "loss.perceptual_weights", "eval"}
+    | {f"data.{key}" for key in ("path", "max_bad", "workers", "cache_images")}
+    | {f"eval.{key}" for key in EvalConfig.model_fields}
+    | {f"log.{key}" for key in LogConfig.model_fields}
+    | {f"train.{key}_every" for key in ("log", "grid", "checkpoint", "keep")}
+    | {f"train.{key}" for key in ("keep_checkpoints", "max_minutes", "timeout_minutes", "compile")}
 )
 
 
@@ -26,8 +30,10 @@ class TrainConfig(Config):
 
     steps: Count
     batch_size: Count
+    """Images of a step, over all processes."""
     micro_batch_size: Count | None = None
-    """Images that pass through the networks at a time, to bound memory; the gradients of a batch accumulate."""
+    """Images that pass through the networks of a process at a time, to bound memory; the gradients of a batch
+    accumulate."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 runs the autoencoder and the perceptual network under autocast; all else stays float32."""
     allow_tf32: Flag = False
@@ -36,17 +42,21 @@ class TrainConfig(Config):
     """`torch.compile` the encoder, the decoder and the perceptual network (not D: R1 needs a second derivative)."""
     log_every: Count = 50
     grid_every: NonNegativeInt = 1000
-    evaluate_every: NonNegativeInt = 0
-    """Measure PSNR, SSIM and codebook usage on `data.validation_path`."""
-    evaluate_images: Count = 1000
     checkpoint_every: NonNegativeInt = 1000
     keep_checkpoints: Count = 3
+    """The newest so many stay."""
+    keep_every: NonNegativeInt = 0
+    """Besides, those whose step is a multiple of this stay."""
     restart_codes_after: NonNegativeInt = 0
     """Move a code that no latent chose for this many steps onto a latent of the batch; 0 never does."""
     batch_norm_batches: NonNegativeInt = 0
     """Micro-batches for HiT's batch norm statistics, taken before saving and evaluating; 0 keeps the running ones."""
     max_minutes: Positive | None = None
     """Stop, with a checkpoint, after this long in one go."""
+    sync_batch_norm: Flag = True
+    """With several processes: take HiT's batch statistics over all of them (the official code: each its own)."""
+    timeout_minutes: Positive = 10.0
+    """With several processes: give up on one that has not been heard of for this long."""
 
 
 class RunConfig(Config):
@@ -67,6 +77,9 @@ class RunConfig(Config):
     ema: EMAConfig = Field(default_factory=lambda: EMAConfig(decay=0.0))
     """Off by default. With an average, it is what is evaluated and saved as the model."""
     train: TrainConfig
+    eval: EvalConfig | None = None
+    """Without it, nothing is evaluated while training."""
+    log: LogConfig = Field(default_factory=LogConfig)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -77,22 +90,31 @@ class RunConfig(Config):
                 f"discriminator.resolution {self.discriminator.resolution}: the model's images are "
                 f"{self.model.image_size} px"
             )
-        micro = min(self.train.micro_batch_size or self.train.batch_size, self.train.batch_size)
-        sizes = {micro, self.train.batch_size % micro} - {0}
-        if 1 in sizes and self.model.stem.latent_grid == 1:
-            raise ValueError(
-                "model.stem.latent_grid 1: batch norm needs more than one token; no (micro-)batch may be one image"
-            )
-        bad = [size for size in sorted(sizes, reverse=True) if size > STDDEV_GROUP and size % STDDEV_GROUP]
-        if bad and self.discriminator is not None and self.discriminator.minibatch_stddev:
-            raise ValueError(
-                f"discriminator.minibatch_stddev: (micro-)batches of {bad[0]} images; allowed: up to {STDDEV_GROUP}, "
-                "or a multiple of it"
-            )
+        if self.loss.consistency and not self.loss.adversarial:
+            raise ValueError("loss.consistency is a term of the discriminator: it needs loss.adversarial")
         if self.train.restart_codes_after and self.model.quantizer.kind != "vq":
             raise ValueError(
                 f"train.restart_codes_after moves codes of quantizer kind vq; this is {self.model.quantizer.kind}"
             )
-        if self.train.evaluate_every and self.data.validation_path is None:
-            raise ValueError("train.evaluate_every needs data.validation_path: a folder of images")
+        self.images_at_a_time(processes=1)
         return self
+
+    def images_at_a_time(self, processes: int) -> int:
+        """Images that pass through the networks of each process at a time; raises `ConfigError` if that cannot be."""
+        batch = self.train.batch_size
+        if batch % processes:
+            raise ConfigError(f"train.batch_size {batch}: cannot be shared out evenly among {processes} processes")
+        share = batch // processes
+        micro = min(self.train.micro_batch_size or share, share)
+        sizes = {micro, share % micro} - {0}
+        if 1 in sizes and self.model.stem.latent_grid == 1:
+            raise ConfigError(
+                "model.stem.latent_grid 1: batch norm needs more than one token; no (micro-)batch may be one image"
+            )
+        bad = [size for size in sorted(sizes, reverse=True) if size > STDDEV_GROUP and size % STDDEV_GROUP]
+        if bad and self.discriminator is not None and self.discriminator.minibatch_stddev:
+            raise ConfigError(
+                f"discriminator.minibatch_stddev: (micro-)batches of {bad[0]} images; allowed: up to {STDDEV_GROUP}, "
+                "or a multiple of it"
+            )
+        return micro

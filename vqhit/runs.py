@@ -1,7 +1,11 @@
-"""The folder of a run: its configuration, which tells runs apart, and its records as lines of JSON."""
+"""The folder of a run: its configuration, which tells runs apart, its records as lines of JSON, and its lock."""
 
+import fcntl
 import json
 import math
+import os
+import platform
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +14,44 @@ from vqhit.files import write_atomic
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
+SKIPPED = "skipped.jsonl"
 
 
 class RunFolder:
-    """config.yaml (resolved), metrics.jsonl, evaluations.jsonl, grids/*.png, checkpoints/ and, at the end, model/."""
+    """config.yaml (resolved), *.jsonl, images.index, grids/*.png, checkpoints/ and, at the end, model/."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
+        self.index = self.path / "images.index"
+
+    def lock(self) -> None:
+        """Claim the folder until this process ends, however it ends; raises `ConfigError` naming one that has it.
+
+        A lock between processes: loader processes that outlive a kill do not hold it, and two runs in one process are
+        not kept apart.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = (self.path / ".lock").open("a+")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise ConfigError(f"run_dir {self.path} is in use by {holder}; choose another run_dir") from None
+        except OSError as error:
+            warnings.warn(
+                f"{self.path}: its file system has no locks ({error}); start no second run in it", stacklevel=2
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        self._lock = file
+
+    def exists(self) -> bool:
+        """Whether there is a run to continue."""
+        return any(self.checkpoints.glob("step_?????????"))
 
     def check(self, config: Config, changeable: set[str]) -> None:
         """Check that the run that is already there, if any, is this one; keys in `changeable` may differ.
@@ -26,7 +59,7 @@ class RunFolder:
         Raises `ConfigError` naming the others that do.
         """
         path = self.path / "config.yaml"
-        if path.exists() and any(self.checkpoints.glob("step_*")):
+        if path.exists() and self.exists():
             try:
                 there = type(config).from_yaml(path)
             except ConfigError as error:
@@ -37,14 +70,23 @@ class RunFolder:
                 differences = ", ".join(f"{key}: {before.get(key)} there, {now.get(key)} now" for key in changed[:3])
                 raise ConfigError(f"run_dir {self.path} holds another run ({differences}); choose another run_dir")
 
-    def start(self, config: Config, step: int) -> None:
-        """Write the resolved configuration; drop records after `step`, whose steps will be trained again."""
+    def start(self, config: Config, step: int, index: bytes | None = None) -> list[str]:
+        """Write the resolved configuration, and the list of an image folder, for a run to be continued from `step`.
+
+        Records after `step`, whose steps will be trained again, are dropped. Returns what `skipped.jsonl` still names.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path / "config.yaml", config.to_yaml().encode())
-        for path in (self.path / METRICS, self.path / EVALUATIONS):
+        if index is None:
+            self.index.unlink(missing_ok=True)  # of an image folder that is one no longer
+        else:
+            write_atomic(self.index, index)
+        for path in (self.path / name for name in (METRICS, EVALUATIONS, SKIPPED)):
             if path.exists():
                 kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
                 write_atomic(path, "".join(line + "\n" for line in kept).encode())
+        skipped = self.path / SKIPPED
+        return [record["skipped"] for record in read_records(skipped)] if skipped.exists() else []
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Add a line to a file of records."""

@@ -1,0 +1,118 @@
+"""What tests/test_distributed.py runs under torchrun: python -m torch.distributed.run tests/two_processes.py NAME."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from vqhit import distributed
+from vqhit.layers import BatchNorm
+from vqhit.recipe import RunConfig
+from vqhit.train import Trainer
+
+
+def sum_of_weights(trainer):
+    return sum(float(p.double().sum()) for module in trainer.state.modules().values() for p in module.parameters())
+
+
+def planted(where):
+    """Train; at step 3, in process 1 only, plant a NaN. Writes what each process raised, and its weights' sum."""
+    trainer = Trainer(RunConfig.from_yaml("run.json", [f"run_dir=planted-{where}", "train.checkpoint_every=2"]))
+    step, backward = trainer.train_step, trainer.objective.backward
+    poison = [False]
+
+    before = [0.0]
+
+    def train_step(images):
+        poison[0] = trainer.state.step == 3 and distributed.rank() == 1
+        before[0] = sum_of_weights(trainer)
+        return step(images.fill_(math.nan) if poison[0] and where == "input" else images)
+
+    def poisoned_backward(*arguments):
+        output, found = backward(*arguments)
+        return output, {**found, "r1" if "r1" in found else "codebook": torch.tensor(math.nan)} if poison[0] else found
+
+    trainer.train_step = train_step
+    if where == "term":
+        trainer.objective.backward = poisoned_backward
+    if where == "gradient":
+        weight = trainer.state.model.get_parameter("encoder.conv_in.weight")
+        weight.register_hook(lambda gradient: gradient * math.nan if poison[0] else gradient)
+    try:
+        trainer.run()
+    except ValueError as error:
+        record = {
+            "error": str(error),
+            "step": trainer.state.step,
+            "weights_before": before[0],
+            "weights": sum_of_weights(trainer),
+        }
+        Path(f"planted-{where}-{distributed.rank()}.json").write_text(json.dumps(record))
+
+
+def normalisation():
+    """Outputs, gradients and moving statistics of a batch norm over both processes, beside one over the whole batch."""
+    torch.manual_seed(0)
+    whole, shared = BatchNorm(5).double(), BatchNorm(5).double()
+    shared.synchronized = True
+    x = (torch.randn(8, 3, 5, dtype=torch.float64) * 3 + 7).requires_grad_()
+    weight = torch.randn(8, 3, 5, dtype=torch.float64)
+    expected = whole(x)
+    (expected * weight).sum().backward()
+    mine = slice(4 * distributed.rank(), 4 * distributed.rank() + 4)
+    part = x.detach()[mine].requires_grad_()
+    found = shared(part)
+    (found * weight[mine]).sum().backward()
+    for ours, theirs in (
+        (found, expected[mine]),
+        (part.grad, x.grad[mine]),
+        (distributed.total(shared.weight.grad), whole.weight.grad),
+        (distributed.total(shared.bias.grad), whole.bias.grad),
+        (shared.running_mean, whole.running_mean),
+        (shared.running_var, whole.running_var),
+        (shared.num_batches_tracked, whole.num_batches_tracked),
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def agreement():
+    """Errors of the first process reach all; weights that drift apart are noticed."""
+
+    def fails():
+        raise OSError("disk full")
+
+    with pytest.raises(distributed.SharedError, match="disk full"):
+        distributed.on_first(fails)
+    with pytest.raises(distributed.SharedError, match="w is no longer the same"):
+        distributed.check_equal({"w": torch.tensor([1.0, distributed.rank()])})
+    assert distributed.on_first(lambda: "found") == "found"
+    assert distributed.gather_objects(distributed.rank()) == [0, 1]
+
+
+def silence():
+    """Process 1 hangs; process 0 gives up after the timeout."""
+    if distributed.rank() == 1:
+        time.sleep(60)
+    started = time.monotonic()
+    with pytest.raises(distributed.LostProcessError, match="did not answer"):
+        distributed.total(torch.ones(1))
+    Path("silence.json").write_text(json.dumps(time.monotonic() - started))
+    sys.exit(3)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    distributed.start("cpu", timeout_minutes=0.1 if sys.argv[1] == "silence" else 2)
+    if sys.argv[1] == "all":
+        for kind in ("input", "term", "gradient"):
+            planted(kind)
+        normalisation()
+        agreement()
+        Path(f"done-{distributed.rank()}").touch()
+    else:
+        silence()
+    distributed.stop()

@@ -1,0 +1,116 @@
+"""What a run tells of itself: records, evaluations and grids, to its folder and to where else they are asked for."""
+
+import math
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from vqhit import distributed
+from vqhit.evaluate import measure
+from vqhit.feed import Feed, open_shared
+from vqhit.images import compare_grid, from_uint8, to_uint8
+from vqhit.logs import LogConfig, Logs
+from vqhit.models import VQHiT
+from vqhit.recipe import RunConfig
+from vqhit.runs import EVALUATIONS, METRICS, RunFolder
+from vqhit.sources import evenly_spaced
+from vqhit.state import TrainingState
+
+_GRID_IMAGES = 16
+
+
+class Report:
+    """Called by all processes alike; the first one writes."""
+
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, feed: Feed, state: TrainingState, micro_batch_size: int
+    ) -> None:
+        self.config, self.folder, self.feed, self.state = config, folder, feed, state
+        self.micro_batch_size = micro_batch_size
+        self.device = state.model.quant_conv.weight.device
+        self.evaluated_on = None if config.eval is None else open_shared(config.eval, split="validation")
+
+    def start(self) -> None:
+        """Open the logs, once the folder is this run's and the state is that of its first step."""
+        log = self.config.log if distributed.is_first() else LogConfig()
+        self.logs = Logs(log, self.folder.path, self.config.to_dict(), self.state.step)
+
+    def metrics(self, values: dict[str, float], images_per_s: float) -> None:
+        """Record the numbers of a step, if it is one of those that are recorded."""
+        state, config = self.state, self.config
+        if state.step % config.train.log_every and state.step != config.train.steps:
+            return
+        record: dict[str, float] = {
+            "step": state.step,
+            "images": state.step * config.train.batch_size,
+            **values,
+            "learning_rate": state.optimizers["model"].learning_rate(state.step - 1),
+            "skipped_images": len(self.feed.skipped),
+            "images_per_s": round(images_per_s, 2),
+            **_memory_mib(self.device),
+        }
+        if not math.isnan(state.r1):
+            record["r1"] = state.r1  # the latest, where it is computed every few steps
+        usage = state.usage.gather()
+        if int(usage.counts.sum()) >= self.feed.epoch_images * math.prod(config.model.token_grid):
+            record |= {"codebook_usage": usage.usage, "codebook_perplexity": usage.perplexity}
+            state.usage.counts.zero_()
+        self._append(METRICS, record)
+
+    def _append(self, file: str, record: dict[str, float]) -> None:
+        if distributed.is_first():
+            self.folder.append(file, record)
+            self.logs.record(file, record)
+
+    @torch.no_grad()
+    def grid(self) -> None:
+        """Up to 16 training images above their reconstructions."""
+        if not distributed.is_first():
+            return
+        originals = self.feed.shown(_GRID_IMAGES)
+        with self.evaluating() as model:
+            parts = from_uint8(originals).to(self.device).split(self.micro_batch_size)
+            reconstructions = torch.cat([to_uint8(model.reconstruct(part)).cpu() for part in parts])
+        grids = self.folder.path / "grids"
+        grids.mkdir(exist_ok=True)
+        grid = compare_grid(list(zip(originals, reconstructions, strict=True)))
+        grid.save(grids / f"step_{self.state.step:09d}.png")
+        self.logs.picture("grids", grid, self.state.step)
+
+    def evaluate(self) -> None:
+        """Measure the model that would be saved on the images of `eval`."""
+        config = self.config.eval
+        assert config is not None
+        assert self.evaluated_on is not None
+        indices = evenly_spaced(len(self.evaluated_on), config.images)
+        with self.evaluating() as model:
+            measured = measure(model, self.evaluated_on, indices, self.micro_batch_size, self.config.data.workers)
+        self._append(EVALUATIONS, {"step": self.state.step, **measured.result()})
+
+    @contextmanager
+    def evaluating(self) -> Iterator[VQHiT]:
+        """The evaluated model in eval mode."""
+        model = self.state.evaluated_model
+        training = model.training
+        model.eval()
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                yield model
+        finally:
+            model.train(training)
+
+
+def _memory_mib(device: torch.device) -> dict[str, float]:
+    """Memory of this process, and the most that it has had on its GPU, where they can be known."""
+    memory: dict[str, float] = {}
+    try:
+        resident, shared = Path("/proc/self/statm").read_text().split()[1:3]  # shared: pages of files too, data mapped
+        memory["memory_mib"] = round((int(resident) - int(shared)) * resource.getpagesize() / 2**20, 1)
+    except OSError:  # no Linux
+        pass
+    if device.type == "cuda":
+        memory["gpu_peak_memory_mib"] = round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    return memory
