@@ -111,3 +111,15 @@ def test_the_manifest_says_what_wrote_it(tmp_path):
         (folder / "model.bin").write_bytes(b"weights")
     manifest = json.loads((tmp_path / "step_000000001" / "manifest.json").read_text())
     assert (manifest["step"], manifest["vqhit"], list(manifest["files"])) == (1, "0.1", ["model.bin"])
+
+
+def test_what_is_no_checkpoint_is_left_alone(tmp_path):
+    for name in ("step_best", "step_000000004_mine"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step_notes.txt").write_text("mine")
+    for step in (3, 4, 5):
+        write(tmp_path, step)
+        checkpoint.prune(tmp_path, step, keep=1, keep_every=3)
+    names = {"step_best", "step_000000004_mine", "step_notes.txt", "step_000000003", "step_000000005"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert checkpoint.newest(tmp_path).name == "step_000000005"

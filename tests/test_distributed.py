@@ -174,9 +174,7 @@ def test_a_batch_that_cannot_be_shared_out_is_named(folder):
 def test_a_device_that_cannot_be_shared_out_is_named(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "3")
-    with pytest.raises(
-        ValueError, match="device 'cuda:1' cannot be shared out among processes; allowed: auto, cuda, cpu"
-    ):
+    with pytest.raises(ValueError, match="device cuda:1: processes cannot share 'cuda:1'; allowed: auto, cuda, cpu"):
         distributed.start("cuda:1", 1)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(ValueError, match="on a machine with 2 GPUs; allowed: --nproc-per-node up to 2"):

@@ -74,6 +74,12 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(tmp_path, monkeyp
         Logs(LogConfig(**option), tmp_path, {}, step=0)
 
 
+def test_a_project_that_is_refused_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with pytest.raises(ConfigError, match=r"log.wandb a/b\?: Invalid project name"):
+        Logs(LogConfig(wandb="a/b?"), tmp_path, {}, step=0)
+
+
 def test_a_run_shows_there_what_it_writes_to_its_folder(tmp_path, tiny_config, photo_folder):
     from vqhit.recipe import RunConfig
     from vqhit.train import Trainer

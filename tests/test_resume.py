@@ -156,3 +156,30 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_nothing_half_written(folder,
     (line,) = [line for line in errors.splitlines() if not line.startswith("skipped: ")]
     assert "File too large" in line
     assert list((run_dir / "checkpoints").iterdir()) == []
+
+
+def test_a_run_that_waits_for_images_that_never_come_can_be_stopped(folder, tmp_path):
+    run_dir = tmp_path / "run"
+    process = start(f"run_dir={run_dir}", "data.workers=1", cwd=folder)
+    wait_for_step(run_dir, 7, process)
+    (loader,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(loader), signal.SIGSTOP)
+    time.sleep(2)  # what it had loaded is trained on
+    os.kill(process.pid, signal.SIGTERM)
+    code, errors, seconds = finish(process)
+    assert code == 143, errors
+    assert seconds < 10
+    last = records(run_dir)[-1]["step"]
+    assert (run_dir / "checkpoints" / f"step_{last:09d}").is_dir()
+
+
+def test_a_killed_loader_process_is_one_line(folder, tmp_path):
+    run_dir = tmp_path / "run"
+    process = start(f"run_dir={run_dir}", "data.workers=1", cwd=folder)
+    wait_for_step(run_dir, 7, process)
+    (loader,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(loader), signal.SIGKILL)
+    code, errors, _ = finish(process)
+    assert code == 2
+    (line,) = [line for line in errors.splitlines() if not line.startswith("skipped: ")]
+    assert line.startswith("vqhit: DataLoader worker")

@@ -64,6 +64,26 @@ def parquet(tmp_path):
 # Folders of image files.
 
 
+@pytest.mark.parametrize("option", ["split", "revision", "image_column"])
+def test_options_of_data_sets_are_refused_for_a_folder_of_files(tmp_path, option):
+    (tmp_path / "1.png").write_bytes(grey(1))
+    with pytest.raises(DataError, match=f"{option} 'x': .* is a folder of image files, which has none"):
+        open_source(SourceConfig(path=str(tmp_path), **{option: "x"}))
+
+
+def test_a_file_that_is_no_table_is_named(tmp_path):
+    (tmp_path / "1.png").write_bytes(grey(1))
+    with pytest.raises(DataError, match=r"1\.png: a file; allowed: a Parquet or Arrow file, a folder"):
+        open_source(SourceConfig(path=str(tmp_path / "1.png")))
+
+
+def test_a_pipe_is_not_listed_and_a_link_that_leads_nowhere_is(tmp_path):
+    (tmp_path / "1.png").write_bytes(grey(1))
+    os.mkfifo(tmp_path / "pipe.png")  # reading it would wait for ever
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    assert list_images(tmp_path) == ["1.png", "gone.png"]
+
+
 def test_images_are_found_in_all_subfolders_and_sorted(photo_folder):
     (photo_folder / "notes.txt").write_text("no image")
     assert list_images(photo_folder) == ["0.jpg", "1.jpg", "2.jpg", "3.jpg", "more/4.JPEG", "more/5.JPEG"]
@@ -245,15 +265,17 @@ def test_rows_without_a_readable_image_are_named(tmp_path):
     assert "cut.png" in problems[0]
 
 
-def test_rows_that_name_a_file_are_read_from_it_wherever_it_is(tmp_path):
+def test_rows_that_name_a_file_are_read_from_it_and_no_other_address_is_asked(tmp_path):
     (tmp_path / "1.png").write_bytes(grey(1))
-    paths = [str(tmp_path / "1.png"), f"file://{tmp_path}/1.png", "memory://absent.png"]
-    cells = [{"bytes": None, "path": path} for path in paths]
-    save_cells(cells, tmp_path / "rows")
+    paths = [str(tmp_path / "1.png"), f"file://{tmp_path}/1.png", "simplecache::http://127.0.0.1:9/1.png", "/dev/zero"]
+    save_cells([{"bytes": None, "path": path} for path in paths], tmp_path / "rows")
     source = open_source(config(tmp_path / "rows"))
-    assert [level(source.read(number)) for number in (0, 1)] == [1, 1]
-    with pytest.raises(ImageError, match=r"memory://absent\.png: cannot be read"):
-        source.read(2)
+    assert level(source.read(0)) == 1
+    for number in (1, 2):
+        with pytest.raises(ImageError, match=r"1\.png: cannot be read \(neither a file nor on the Hub\)"):
+            source.read(number)
+    with pytest.raises(ImageError, match=r"/dev/zero: cannot be read \(No such file\)"):
+        source.read(3)
 
 
 def test_a_column_of_text_is_not_decoded(tmp_path):

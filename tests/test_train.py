@@ -665,3 +665,40 @@ def test_a_data_set_that_has_grown_is_noticed(make_config, photo_folder, tmp_pat
     ):
         continued = Trainer(make_config(data={"path": str(tmp_path / "after")}))
     assert continued.run() is not None
+
+
+def test_the_images_to_evaluate_on_stay_the_same_when_files_come(make_config, photo_folder, picture):
+    on_photos = {"path": str(photo_folder), "every": 1}
+    Trainer(make_config(eval=on_photos, max_minutes=1e-6)).run()
+    picture(40, 48, seed=9).save(photo_folder / "9.jpg")
+    assert len(Trainer(make_config(eval=on_photos)).report.evaluated_on) == 6
+    others = photo_folder.parent / "others"
+    others.mkdir()
+    picture(40, 48, seed=9).save(others / "only.jpg")
+    assert len(Trainer(make_config(eval={"path": str(others), "every": 1})).report.evaluated_on) == 1
+
+
+def test_another_folder_of_images_does_not_continue_a_run(make_config, photo_folder, picture, tmp_path):
+    Trainer(make_config(max_minutes=1e-6)).run()
+    others = tmp_path / "others"
+    others.mkdir()
+    picture(40, 48).save(others / "only.jpg")
+    with pytest.raises(ValueError, match=r"others: not the folder that the run began with; .*images\.index lists"):
+        Trainer(make_config(data={"path": str(others)}))
+    photo_folder.rename(tmp_path / "moved")
+    assert Trainer(make_config(data={"path": str(tmp_path / "moved")})).run() is not None
+
+
+def test_a_damaged_list_of_images_is_named(make_config, tmp_path):
+    Trainer(make_config(max_minutes=1e-6)).run()
+    index = tmp_path / "run" / "images.index"
+    index.write_bytes(index.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"run/images\.index: the index of .* is damaged; .* remove it to list anew"):
+        Trainer(make_config())
+
+
+def test_a_run_without_its_configuration_is_not_taken_for_another(make_config, tmp_path):
+    Trainer(make_config(max_minutes=1e-6)).run()
+    (tmp_path / "run" / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"config\.yaml: missing; the manifest\.json of each checkpoint has it"):
+        Trainer(make_config(seed=5))

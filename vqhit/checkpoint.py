@@ -47,6 +47,8 @@ def writing(root: Path, step: int, about: dict[str, Any] | None = None) -> Itera
             _discard(final)
         temporary.rename(final)
         flush(root)
+    except OSError as error:
+        raise OSError(f"{final}: cannot be written ({error})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -113,7 +115,7 @@ def _discard(path: Path) -> None:
 
 def _all(root: Path) -> list[Path]:
     """All checkpoints, the oldest first; a copy under a longer name is none."""
-    return sorted(path for path in root.glob("step_*") if re.fullmatch(r"step_\d{9}", path.name))
+    return sorted(path for path in root.glob("step_*") if re.fullmatch(r"step_\d{9}", path.name) and path.is_dir())
 
 
 def _digest(content: dict[str, Any]) -> str:

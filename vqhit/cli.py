@@ -31,8 +31,9 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, RuntimeError) as error:
-        out_of_memory = "memory" in str(error)  # torch: on the CPU a bare RuntimeError, on CUDA a class of its own
-        if os.environ.get("VQHIT_TRACEBACK") or (isinstance(error, RuntimeError) and not out_of_memory):
+        # torch: out of memory on the CPU is a bare RuntimeError, and so is a loader process that was killed
+        known = any(text in str(error) for text in ("memory", "DataLoader worker"))
+        if os.environ.get("VQHIT_TRACEBACK") or (isinstance(error, RuntimeError) and not known):
             raise
         if not (type(error).__name__ == "SharedError" and int(os.environ.get("RANK", "0"))):
             print(f"vqhit: {' '.join(str(error).split())}", file=sys.stderr)
@@ -135,11 +136,12 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
     Example: vqhit train configs/vqhit_imagenet256.yaml data.path=/data/imagenet/train train.batch_size=64
     """
     from vqhit import distributed
+    from vqhit.progress import say
     from vqhit.recipe import RunConfig
     from vqhit.train import Trainer
 
     trainer = Trainer(RunConfig.from_yaml(config, overrides or []))
-    show = print if distributed.is_first() else lambda _: None
+    show = say if distributed.is_first() else lambda _: None
     if trainer.state.step:
         order = ", the stream in another order" if trainer.feed.count is None else ""
         show(f"continuing {trainer.folder.path} at step {trainer.state.step}{order}")

@@ -221,14 +221,13 @@ def _loading(workers: int) -> dict[str, Any]:
     return {
         "num_workers": workers,
         "collate_fn": _collate,
-        "worker_init_fn": distributed.leave_signals_to_the_parent,
         "pin_memory": torch.cuda.is_available(),
     }
 
 
 def _load(loader: DataLoader[Any], count: int | None = None) -> Generator[Batch]:
     """All batches of a loader, or so many of an endless one."""
-    iterator = iter(loader)
+    iterator = started(loader)
     try:
         yield from itertools.islice(iterator, count)
     except DataError as error:  # from a worker its text is a whole traceback, the cause last
@@ -237,10 +236,16 @@ def _load(loader: DataLoader[Any], count: int | None = None) -> Generator[Batch]
         _end_workers(iterator)
 
 
+def started(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Start the processes of a loader, deaf to signals that mean their parent."""
+    with distributed.signals_held_back():
+        return iter(loader)
+
+
 def _end_workers(iterator: Any) -> None:
     """End loader processes now; one that is still busy after a while, with a slow disk say, is killed.
 
-    They ignore SIGTERM, with which torch would end them, and have nothing to lose.
+    They are deaf to SIGTERM, with which torch would end them, and have nothing to lose.
     """
     if not getattr(iterator, "_worker_pids_set", False):  # there are none, or they have ended
         return

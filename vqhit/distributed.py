@@ -188,11 +188,16 @@ def check_equal(tensors: dict[str, Tensor]) -> None:
             raise SharedError(f"{name} is no longer the same in all processes (its sum is {low!r} to {high!r})")
 
 
+class _WaitingError(Exception):
+    """A signal came while there was nothing to lose."""
+
+
 class StopSignal:
     """Notes a signal to stop instead of dying of it, while its block runs; a second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._waiting = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -210,9 +215,28 @@ class StopSignal:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
+        if self._waiting:
+            raise _WaitingError
+
+    def next(self, items: Iterator[T]) -> T | None:
+        """Next item; None at the end, or if a signal comes first (of several processes all go on to the next step)."""
+        if world_size() > 1:
+            return next(items, None)
+        try:
+            self._waiting = True
+            item = None if self.received else next(items, None)
+            self._waiting = False
+        except _WaitingError:
+            self._waiting = False
+            return None
+        return item
 
 
-def leave_signals_to_the_parent(_: int = 0) -> None:
-    """For loader processes: a signal to the whole group must not kill them under a step that still runs."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+@contextmanager
+def signals_held_back() -> Iterator[None]:
+    """Processes started in this block never hear of a signal to the whole group: it must not kill them under a step."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -24,11 +24,34 @@ from vqhit.sources import (
 _STREAM_EPOCH_IMAGES = 50_000
 
 
-def open_shared(config: SourceConfig, split: str) -> ImageSource:
-    """`open_source` in all processes, of which one lists an image folder."""
+def open_shared(config: SourceConfig, split: str, kept: Path | None = None) -> ImageSource:
+    """`open_source` in all processes, of which one lists an image folder, or takes the list that was `kept` of it."""
     if not is_image_folder(config.path):
         return open_source(config, split=split)
-    return open_source(config, distributed.on_first(lambda: FolderSource.scan(config.path).index))
+
+    def listed() -> bytes:
+        try:
+            return _listed(config.path, kept, kept is not None)
+        except DataError:  # of another folder
+            return FolderSource.scan(config.path).index
+
+    return open_source(config, distributed.on_first(listed))
+
+
+def _listed(path: str, kept: Path | None, continued: bool) -> bytes:
+    """The index of an image folder: in a run that is continued, as it was."""
+    if kept is None or not (continued and kept.exists()):
+        return FolderSource.scan(path).index
+    try:
+        source = FolderSource(path, kept.read_bytes())
+    except DataError as error:
+        raise DataError(f"{kept}: {error}") from None
+    some = [source.name(index) for index in evenly_spaced(len(source), 10)]
+    if not any(Path(name).exists() for name in some):
+        raise DataError(
+            f"{path}: not the folder that the run began with; {kept} lists {some[0]}, which is not there, nor others"
+        )
+    return source.index
 
 
 class Feed:
@@ -50,19 +73,7 @@ class Feed:
         if not is_image_folder(data.path):
             return open_source(data)
 
-        def listed() -> bytes:
-            if not (folder.index.exists() and folder.exists()):
-                return FolderSource.scan(data.path).index
-            kept = FolderSource(data.path, folder.index.read_bytes())
-            some = [kept.name(index) for index in evenly_spaced(len(kept), 10)]
-            if not any(Path(name).exists() for name in some):
-                raise DataError(
-                    f"data.path {data.path}: not the folder that the run began with; {folder.index} lists {some[0]}, "
-                    "which is not there, nor are others"
-                )
-            return kept.index
-
-        return open_source(data, distributed.on_first(listed))
+        return open_source(data, distributed.on_first(lambda: _listed(data.path, folder.index, folder.exists())))
 
     @property
     def index(self) -> bytes | None:
@@ -109,5 +120,7 @@ class Feed:
             else:
                 crops = CenterCrops(self.source, self.config.model.image_size)
                 samples = [crops[index] for index in evenly_spaced(len(crops), count)]
-            self._shown = torch.stack([sample.image for sample in samples if sample.image.numel()])
+            size = self.config.model.image_size
+            read = [sample.image for sample in samples if sample.image.numel()]
+            self._shown = torch.stack(read) if read else torch.empty(0, 3, size, size, dtype=torch.uint8)
         return self._shown

@@ -97,20 +97,33 @@ def list_images(folder: Path | str) -> list[str]:
         prefix = directory + os.sep if directory else ""
         with os.scandir(path) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
-                if entry.is_dir():
+                if _is_folder(entry):
                     pending.append(prefix + entry.name)
-                elif os.path.splitext(entry.name)[1].lower() in images.SUFFIXES:  # noqa: PTH122
+                elif os.path.splitext(entry.name)[1].lower() in images.SUFFIXES and (  # noqa: PTH122
+                    entry.is_symlink() or entry.is_file()  # no pipe; a link that leads nowhere is a bad image
+                ):
                     found.append(prefix + entry.name)
     if not found:
         raise DataError(f"{folder}: no images in it or below ({', '.join(sorted(images.SUFFIXES))})")
     return sorted(found)
 
 
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
 def file_bytes(path: str) -> bytes:
-    """Content of a file, or of a URL that fsspec opens; raises `ImageError` naming one that cannot be read."""
+    """Content of a file, here or on the Hub (hf://); raises `ImageError` naming one that cannot be read."""
     try:
         if "://" not in path:
+            if not Path(path).is_file():
+                raise OSError("No such file")
             return Path(path).read_bytes()
+        if not path.split("::")[-1].startswith("hf://"):  # a row must not make us ask any server
+            raise OSError("neither a file nor on the Hub")
         import fsspec
 
         with fsspec.open(path, "rb") as file:  # a stream of a data set that is kept as image files

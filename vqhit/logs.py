@@ -66,7 +66,10 @@ def _tensorboard(folder: Path, step: int) -> Any:
 
 
 def _wandb(project: str, folder: Path, settings: dict[str, Any]) -> Any:
-    """The run of Weights & Biases that belongs to the folder; a continued run goes on in it."""
+    """The run of Weights & Biases that belongs to the folder; a continued run goes on in it.
+
+    Steps that are trained again after a kill are logged again: it takes nothing back.
+    """
     try:
         import wandb
     except ImportError:
@@ -74,8 +77,11 @@ def _wandb(project: str, folder: Path, settings: dict[str, Any]) -> Any:
     known = folder / "wandb_id"
     if not known.exists():
         write_atomic(known, secrets.token_hex(4).encode())
-    run = wandb.init(
-        project=project, name=folder.name, id=known.read_text(), resume="allow", dir=str(folder), config=settings
-    )
+    try:
+        run = wandb.init(
+            project=project, name=folder.name, id=known.read_text(), resume="allow", dir=str(folder), config=settings
+        )
+    except Exception as error:  # no key, no network, a name that it does not allow
+        raise ConfigError(f"log.wandb {project}: {' '.join(str(error).split())}") from None
     run.define_metric("*", step_metric="step")
     return run

@@ -19,9 +19,9 @@ from PIL import Image
 from pydantic import Field, Strict, model_validator
 from torch.utils.data import DataLoader, Dataset
 
-from vqhit import __version__, distributed, images
+from vqhit import __version__, images
 from vqhit.config import Count, NonNegativeInt
-from vqhit.data import BadShare, Share, Skipped, too_small
+from vqhit.data import BadShare, Share, Skipped, started, too_small
 from vqhit.files import flush
 from vqhit.folder import DataError
 from vqhit.progress import ProgressBar
@@ -268,11 +268,10 @@ def _write(source: ImageSource, config: PrepareConfig, folder: Path) -> dict[str
         batch_size=_BATCH_IMAGES,
         collate_fn=list,
         num_workers=config.workers,
-        worker_init_fn=distributed.leave_signals_to_the_parent,
     )
     asked_for = 0
     with ProgressBar("prepare", len(loader)) as bar, contextlib.closing(shards):
-        for rows in loader:
+        for rows in started(loader):
             asked_for += len(rows)
             for row in rows:
                 if row.data is not None:

@@ -1,13 +1,21 @@
 """Progress of a long loop: a bar on a terminal, a plain line now and then in a file."""
 
+import contextlib
+import sys
 import time
 from types import TracebackType
-from typing import Self
+from typing import Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 _PLAIN_LINE_EVERY_S = 15.0
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print a line; one that nobody reads, in a closed pipe or on a full disk, must not end the work."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=file or sys.stdout, flush=True)
 
 
 class ProgressBar:
@@ -64,4 +72,4 @@ class ProgressBar:
             self._last_line = now
             left = self._bar.tasks[0].time_remaining
             parts += [f"{left:.0f} s left"] if left else []
-            print(f"{self.title} {self.done}/{self.total}: {', '.join(parts)}", flush=True)
+            say(f"{self.title} {self.done}/{self.total}: {', '.join(parts)}")

@@ -1,8 +1,8 @@
 """The configuration file of a training run."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, Strict, model_validator
 
 from vqhit.config import Config, ConfigError, Count, Flag, NonNegativeInt, Positive, Text
 from vqhit.data import DataConfig
@@ -55,7 +55,7 @@ class TrainConfig(Config):
     """Stop, with a checkpoint, after this long in one go."""
     sync_batch_norm: Flag = True
     """With several processes: take HiT's batch statistics over all of them (the official code: each its own)."""
-    timeout_minutes: Positive = 10.0
+    timeout_minutes: Annotated[float, Strict(), Field(ge=0.1, le=10_000)] = 10.0
     """With several processes: give up on one that has not been heard of for this long."""
 
 

@@ -2,6 +2,7 @@
 
 import math
 import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +12,15 @@ import torch
 from vqhit import distributed
 from vqhit.evaluate import measure
 from vqhit.feed import Feed, open_shared
+from vqhit.files import write_atomic
+from vqhit.folder import FolderSource
 from vqhit.images import compare_grid, from_uint8, to_uint8
 from vqhit.logs import LogConfig, Logs
 from vqhit.models import VQHiT
+from vqhit.progress import say
 from vqhit.recipe import RunConfig
 from vqhit.runs import EVALUATIONS, METRICS, RunFolder
-from vqhit.sources import evenly_spaced
+from vqhit.sources import ImageSource, evenly_spaced
 from vqhit.state import TrainingState
 
 _GRID_IMAGES = 16
@@ -31,10 +35,16 @@ class Report:
         self.config, self.folder, self.feed, self.state = config, folder, feed, state
         self.micro_batch_size = micro_batch_size
         self.device = state.model.quant_conv.weight.device
-        self.evaluated_on = None if config.eval is None else open_shared(config.eval, split="validation")
+        self.evaluated_on: ImageSource | None = None
+        if config.eval is not None:
+            kept = folder.eval_index if folder.exists() else None
+            self.evaluated_on = open_shared(config.eval, "validation", kept)
+        self._named: set[str] = set()
 
     def start(self) -> None:
         """Open the logs, once the folder is this run's and the state is that of its first step."""
+        if distributed.is_first() and isinstance(self.evaluated_on, FolderSource):
+            write_atomic(self.folder.eval_index, self.evaluated_on.index)
         log = self.config.log if distributed.is_first() else LogConfig()
         self.logs = Logs(log, self.folder.path, self.config.to_dict(), self.state.step)
 
@@ -70,7 +80,8 @@ class Report:
         """Up to 16 training images above their reconstructions."""
         if not distributed.is_first():
             return
-        originals = self.feed.shown(_GRID_IMAGES)
+        if not len(originals := self.feed.shown(_GRID_IMAGES)):
+            return
         with self.evaluating() as model:
             parts = from_uint8(originals).to(self.device).split(self.micro_batch_size)
             reconstructions = torch.cat([to_uint8(model.reconstruct(part)).cpu() for part in parts])
@@ -89,6 +100,10 @@ class Report:
         with self.evaluating() as model:
             measured = measure(model, self.evaluated_on, indices, self.micro_batch_size, self.config.data.workers)
         self._append(EVALUATIONS, {"step": self.state.step, **measured.result()})
+        for problem in measured.skipped:
+            if distributed.is_first() and problem not in self._named:
+                say(f"skipped in evaluation: {problem}", sys.stderr)
+            self._named.add(problem)
 
     @contextmanager
     def evaluating(self) -> Iterator[VQHiT]:

@@ -18,13 +18,14 @@ SKIPPED = "skipped.jsonl"
 
 
 class RunFolder:
-    """config.yaml (resolved), *.jsonl, images.index, grids/*.png, checkpoints/ and, at the end, model/."""
+    """config.yaml (resolved), *.jsonl, *.index, grids/*.png, checkpoints/ and, at the end, model/."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
         self.index = self.path / "images.index"
+        self.eval_index = self.path / "eval.index"
 
     def lock(self) -> None:
         """Claim the folder until this process ends, however it ends; raises `ConfigError` naming one that has it.
@@ -59,7 +60,9 @@ class RunFolder:
         Raises `ConfigError` naming the others that do.
         """
         path = self.path / "config.yaml"
-        if path.exists() and self.exists():
+        if self.exists():
+            if not path.exists():
+                raise ConfigError(f"{path}: missing; the manifest.json of each checkpoint has it under `config`")
             try:
                 there = type(config).from_yaml(path)
             except ConfigError as error:

@@ -132,6 +132,9 @@ def open_source(config: SourceConfig, index: bytes | None = None, split: str = "
     Raises `DataError` that says what was looked for and what went wrong.
     """
     if is_image_folder(config.path):
+        for name in ("split", "revision", "image_column"):
+            if (value := getattr(config, name)) is not None:
+                raise DataError(f"{name} {value!r}: {config.path} is a folder of image files, which has none")
         return FolderSource.scan(config.path) if index is None else FolderSource(config.path, index)
     return DatasetSource(_load(config, split, streaming=False), config)
 
@@ -166,8 +169,14 @@ def _load(config: SourceConfig, default_split: str, streaming: bool) -> Any:
     path, split = Path(config.path), config.split or default_split
     if not path.exists() and not _HUB_ID.fullmatch(config.path):
         raise DataError(f"{config.path}: no such folder, and no id of a data set on the Hub (owner/name)")
+    if path.is_file() and path.suffix not in (".parquet", ".arrow"):
+        raise DataError(f"{config.path}: a file; allowed: a Parquet or Arrow file, a folder, or an id on the Hub")
+    if path.exists() and config.revision is not None:
+        raise DataError(f"revision {config.revision!r}: {config.path} is no data set on the Hub")
     import datasets
+    import huggingface_hub
 
+    huggingface_hub.logging.set_verbosity_error()  # or it tells of every try
     try:
         if path.is_dir() and _saved(path):
             dataset = datasets.load_from_disk(config.path)
@@ -175,6 +184,8 @@ def _load(config: SourceConfig, default_split: str, streaming: bool) -> Any:
                 if split not in dataset:
                     raise DataError(f"no split {split!r}; there are: {', '.join(dataset)}")
                 dataset = dataset[split]
+            elif config.split is not None:
+                raise DataError("it has no splits; leave split out")
             return dataset.to_iterable_dataset(num_shards=len(dataset.cache_files)) if streaming else dataset
         if path.exists():
             files = [path] if path.is_file() else _tables(path)

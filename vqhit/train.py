@@ -26,7 +26,7 @@ from vqhit.images import from_uint8
 from vqhit.layers import reestimate_batch_norm
 from vqhit.objective import TokenizerObjective
 from vqhit.perceptual import check_image_size, perceptual_network
-from vqhit.progress import ProgressBar
+from vqhit.progress import ProgressBar, say
 from vqhit.recipe import CHANGEABLE, RunConfig
 from vqhit.report import Report
 from vqhit.runs import SKIPPED, RunFolder
@@ -83,6 +83,7 @@ class Trainer:
                     f"run_dir {self.folder.path}: not seen by all processes; give all machines the same one"
                 )
             self.state.load(folder)
+        self._saved_at = self.state.step
         self.feed.start_at(self.state.step)
         start = self.folder.start
         self.feed.skipped.add(distributed.on_first(lambda: start(self.config, self.state.step, self.feed.index)))
@@ -98,12 +99,17 @@ class Trainer:
         batches = self.feed.batches()
         bar = ProgressBar("train", config.steps, done=state.step, hidden=not distributed.is_first())
         with StopSignal() as signal, closing(batches), bar:
-            for batch in batches:
+            while state.step < config.steps:
+                if (batch := signal.next(batches)) is None:  # while waiting for images, that perhaps never come
+                    self.stopped_by = signal.received
+                    if self._saved_at != state.step:
+                        self._save()
+                    break
                 values = self.train_step(from_uint8(batch.images.to(self.device, non_blocking=True)))
                 bar.advance(len(batch.images) * self.processes, loss=values["loss"])
-                self.report.metrics(values, bar.rate)
                 out_of_time = bool(config.max_minutes and time.monotonic() - started > 60 * config.max_minutes)
                 out_of_time, self.stopped_by = self._agree(batch.skipped, out_of_time, signal.received)
+                self.report.metrics(values, bar.rate)
                 last = state.step == config.steps
                 grid = config.grid_every and (last or _due(state.step, config.grid_every))
                 evaluation = self.config.eval and (last or _due(state.step, self.config.eval.every))
@@ -227,7 +233,7 @@ class Trainer:
         if distributed.is_first():
             for problem in new:
                 self.folder.append(SKIPPED, {"step": self.state.step, "skipped": problem})
-                print(f"skipped: {problem}", file=sys.stderr, flush=True)
+                say(f"skipped: {problem}", sys.stderr)
         try:
             self.feed.skipped.check(self.state.step * self.config.train.batch_size)
         except DataError as error:
@@ -248,6 +254,7 @@ class Trainer:
             checkpoint.prune(self.folder.checkpoints, state.step, train.keep_checkpoints, train.keep_every)
 
         distributed.on_first(write)
+        self._saved_at = state.step
 
     def _settle_batch_norm(self) -> None:
         """Statistics of the weights as they are, over the first micro-batches of the run's order."""
