@@ -156,12 +156,18 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_nothing_half_written(folder,
     assert list((run_dir / "checkpoints").iterdir()) == []
 
 
-def test_a_run_that_waits_for_images_that_never_come_can_be_stopped(folder, tmp_path):
-    run_dir = tmp_path / "run"
+def started_with_a_loader(run_dir, folder):
+    """A run at step 7, and its loader of training images: the oldest, as evaluations have others."""
     process = start(f"run_dir={run_dir}", "data.workers=1", cwd=folder)
     wait_for_step(run_dir, 7, process)
-    (loader,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(loader), signal.SIGSTOP)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return process, min(map(int, children))
+
+
+def test_a_run_that_waits_for_images_that_never_come_can_be_stopped(folder, tmp_path):
+    run_dir = tmp_path / "run"
+    process, loader = started_with_a_loader(run_dir, folder)
+    os.kill(loader, signal.SIGSTOP)
     time.sleep(2)  # what it had loaded is trained on
     os.kill(process.pid, signal.SIGTERM)
     code, errors, seconds = finish(process)
@@ -173,10 +179,8 @@ def test_a_run_that_waits_for_images_that_never_come_can_be_stopped(folder, tmp_
 
 def test_a_killed_loader_process_is_one_line(folder, tmp_path):
     run_dir = tmp_path / "run"
-    process = start(f"run_dir={run_dir}", "data.workers=1", cwd=folder)
-    wait_for_step(run_dir, 7, process)
-    (loader,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(loader), signal.SIGKILL)
+    process, loader = started_with_a_loader(run_dir, folder)
+    os.kill(loader, signal.SIGKILL)
     code, errors, _ = finish(process)
     assert code == 2
     (line,) = [line for line in errors.splitlines() if not line.startswith("skipped: ")]

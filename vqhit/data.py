@@ -289,9 +289,9 @@ class Skipped:
     counted as at least 1000, or all there are.
     """
 
-    def __init__(self, max_share: float, total: int | None, known: Iterable[str] = ()) -> None:
+    def __init__(self, max_share: float, total: int | None) -> None:
         self.max_share, self.total = max_share, total
-        self.problems = dict.fromkeys(known)
+        self.problems: dict[str, None] = {}
 
     def __len__(self) -> int:
         return len(self.problems)
