@@ -31,16 +31,16 @@ def open_shared(config: SourceConfig, split: str, kept: Path | None = None) -> I
 
     def listed() -> bytes:
         try:
-            return _listed(config.path, kept, kept is not None)
+            return _listed(config.path, kept)
         except DataError:  # of another folder
             return FolderSource.scan(config.path).index
 
     return open_source(config, distributed.on_first(listed))
 
 
-def _listed(path: str, kept: Path | None, continued: bool) -> bytes:
-    """The index of an image folder: in a run that is continued, as it was."""
-    if kept is None or not (continued and kept.exists()):
+def _listed(path: str, kept: Path | None) -> bytes:
+    """The index of an image folder, or that which was `kept` of it by the run that is continued."""
+    if kept is None or not kept.exists():
         return FolderSource.scan(path).index
     try:
         source = FolderSource(path, kept.read_bytes())
@@ -55,7 +55,7 @@ def _listed(path: str, kept: Path | None, continued: bool) -> bytes:
 
 
 class Feed:
-    """The training images of a run that starts, or goes on, at `first_step`."""
+    """The training images of a run."""
 
     def __init__(self, config: RunConfig, folder: RunFolder) -> None:
         self.config = config
@@ -73,7 +73,9 @@ class Feed:
         if not is_image_folder(data.path):
             return open_source(data)
 
-        return open_source(data, distributed.on_first(lambda: _listed(data.path, folder.index, folder.exists())))
+        return open_source(
+            data, distributed.on_first(lambda: _listed(data.path, folder.index if folder.exists() else None))
+        )
 
     @property
     def index(self) -> bytes | None:
