@@ -10,7 +10,7 @@ from PIL import Image
 from vqhit.hit import HiTConfig, StemConfig
 from vqhit.models import VQHiT, VQHiTConfig
 from vqhit.quantizer import QuantizerConfig
-from vqhit.vqgan import EncoderConfig
+from vqhit.vqgan import ConvDecoderConfig, EncoderConfig
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
@@ -26,6 +26,20 @@ def tiny_config():
         stem=StemConfig(),
         decoder=HiTConfig(widths=(32, 16), depths=(1, 1), heads=(4, 2), block_sizes=(4,)),
     )
+
+
+@pytest.fixture(scope="session")
+def conv_config(tiny_config):
+    """The same with VQGAN's decoder."""
+    decoder = ConvDecoderConfig(
+        resolution=16,
+        channels=32,
+        channel_multipliers=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(8,),
+        z_channels=16,
+    )
+    return VQHiTConfig(encoder=tiny_config.encoder, quantizer=tiny_config.quantizer, decoder=decoder)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torchvision import models
 
 from vqhit import VQHiT
+from vqhit.files import sha256
 from vqhit.recipe import RunConfig
 
 
@@ -125,8 +126,41 @@ def test_user_mistakes_are_one_line_each(model_folder, photo_folder, tmp_path):
     demo = Path(__file__).parent.parent / "configs" / "demo.yaml"
     fails(vqhit("train", demo, "train.stepz=1", cwd=tmp_path), "train.stepz: unknown key; did you mean 'steps'?")
     fails(vqhit("train", demo, "data.path=nowhere", cwd=tmp_path), "nowhere: no such folder, and no id")
+    fails(vqhit("demo", "train.steps=5", cwd=tmp_path), "'train.steps=5' changes a training run; add --train")
+    fails(vqhit("demo", "--out", model_folder / "config.json", cwd=tmp_path), "config.json: a file; --out is a folder")
+    lone = ("eval", "--model", model_folder, "--data", photo_folder, "--features", "features.yaml")
+    fails(vqhit(*lone, cwd=tmp_path), "--feature-weights is missing: a Fréchet distance needs both")
     assert not (tmp_path / "demo").exists()
     assert not (tmp_path / "eval.json").exists()
+
+
+def test_evaluation_with_a_frechet_distance_names_model_and_network(model_folder, photo_folder, tmp_path):
+    save_file(models.squeezenet1_1(weights=None).features.state_dict(prefix="features."), tmp_path / "w.safetensors")
+    (tmp_path / "features.yaml").write_text("network: squeezenet1_1\nlayers: [4]\n")
+    given = ("--features", "features.yaml", "--feature-weights", "w.safetensors")
+    result = vqhit("eval", "--model", model_folder, "--data", photo_folder, *given, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "Fréchet" in result.stdout
+    results = json.loads((tmp_path / "eval.json").read_text())
+    assert results["frechet_distance"] > 0
+    assert results["model_sha256"] == sha256(model_folder / "model.safetensors")
+    assert results["protocol"]["frechet_distance"]["layers"] == [4]
+
+
+def test_the_demo_and_the_one_that_trains_write_beside_each_other(tmp_path):
+    assert vqhit("demo", cwd=tmp_path).returncode == 0
+    trained = vqhit("demo", "--train", "train.steps=2", "train.batch_norm_batches=1", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    assert "demo/trained/model" in trained.stdout
+    found = [json.loads((tmp_path / "demo" / part / "results.json").read_text()) for part in ("", "trained")]
+    assert [results["model"] for results in found] == ["vqhit-tiny-64", "demo/trained/model"]
+
+
+def test_only_a_bare_name_is_that_of_a_packaged_model(photo_folder, tmp_path):
+    photo = next(photo_folder.glob("*.jpg"))
+    given = ("reconstruct", photo, "--out", "pictures", "--model")
+    assert vqhit(*given, "vqhit-tiny-64", cwd=tmp_path).returncode == 0
+    fails(vqhit(*given, "./vqhit-tiny-64", cwd=tmp_path), "vqhit-tiny-64: no such folder")
 
 
 def test_the_imagenet_config_takes_a_step_of_the_whole_recipe(photo_folder, tmp_path):

@@ -4,9 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from torchvision import models
 
 from vqhit.config import ConfigError
-from vqhit.models import VQHiTConfig
+from vqhit.models import VQHiT, VQHiTConfig
+from vqhit.perceptual import FeaturesConfig
 from vqhit.recipe import RunConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -27,6 +30,39 @@ def demo_text():
 def test_every_config_file_loads_and_survives_a_round_trip(path, tmp_path):
     config = RunConfig.from_yaml(path)
     assert load(tmp_path, config.to_yaml()) == config
+
+
+@pytest.mark.parametrize("data", ["imagenet256", "tinyimagenet64"])
+def test_the_baselines_differ_in_nothing_but_the_decoder(data):
+    ours, theirs = (RunConfig.from_yaml(CONFIGS / f"{model}_{data}.yaml") for model in ("vqhit", "vqgan"))
+    left = [
+        {**config.to_dict(), "run_dir": "", "model": {**config.model.to_dict(), "stem": None, "decoder": None}}
+        for config in (ours, theirs)
+    ]
+    assert left[0] == left[1]
+    assert (ours.model.decoder.kind, theirs.model.decoder.kind) == ("hit", "conv")
+    assert ours.model.image_size == theirs.model.image_size
+
+
+def test_the_packaged_tokenizer_is_that_of_its_configuration():
+    packaged = VQHiT.from_pretrained("vqhit-tiny-64")
+    assert packaged.config == RunConfig.from_yaml(CONFIGS / "vqhit_tinyimagenet64.yaml").model
+
+
+def test_the_small_decoders_have_as_many_parameters():
+    counts = []
+    for name in ("vqhit", "vqgan"):
+        with torch.device("meta"):
+            model = VQHiT(RunConfig.from_yaml(CONFIGS / f"{name}_tinyimagenet64.yaml").model)
+        counts.append(sum(tensor.numel() for part in model.decoder_parts for tensor in part.parameters()))
+    assert counts[1] == pytest.approx(counts[0], rel=0.02)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("features/*.yaml")), ids=lambda path: path.stem)
+def test_every_network_for_distances_exists(path):
+    config = FeaturesConfig.from_yaml(path)
+    with torch.device("meta"):
+        assert max(config.layers) < len(models.get_model(config.network).features)
 
 
 def test_imagenet_config_is_the_papers_recipe():
@@ -90,7 +126,10 @@ def test_overrides_reach_nested_keys_and_are_typed_as_yaml(tmp_path, demo_text):
         ("model.encoder.channels=48", "model.encoder: channels 48: group normalisation needs a multiple of 32"),
         ("seed=9999999999999999999", "seed: found 9999999999999999999; input should be less than"),
         ("optimizer.beta2=1.0", "optimizer.beta2: found 1.0; input should be less than 1"),
-        ("model.encoder.attention_resolutions=[15]", "model: encoder.attention_resolutions [15]: the encoder's maps"),
+        (
+            "model.encoder.attention_resolutions=[15]",
+            "model.encoder.attention_resolutions: found [15]; the maps are 64",
+        ),
         ("self=1", "self: unknown key"),
         ("train={1: 2}", "override 'train={1: 2}': key 1 (line 1 and below) is no text; put it in quotes"),
         ("train", "override 'train': expected key=value, as in train.batch_size=64"),

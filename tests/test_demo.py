@@ -1,7 +1,8 @@
-"""The demo, shortened: its files, its numbers, its baselines; run again, it reuses what is there."""
+"""The demo, and the one that trains, shortened: files, numbers, baselines; run again, it reuses what is there."""
 
 import json
 from pathlib import Path
+from signal import Signals
 
 import numpy as np
 import pytest
@@ -16,13 +17,16 @@ from vqhit.demo import (
     TRAINING_PHOTOS,
     baselines,
     demo_config,
-    held_out_crops,
     print_results,
     run_demo,
+    six_crops,
     thumbnail_side,
+    tiles,
+    train_demo,
 )
 from vqhit.evaluate import psnr
-from vqhit.images import from_uint8, to_uint8
+from vqhit.images import from_uint8, load_image, pil_to_uint8, to_uint8
+from vqhit.train import Trainer
 
 
 def test_photographs_held_out_are_not_trained_on():
@@ -30,14 +34,54 @@ def test_photographs_held_out_are_not_trained_on():
     assert not set(HELD_OUT_PHOTOS) & set(TRAINING_PHOTOS)
 
 
-def test_the_demo_takes_at_most_five_minutes():
+def test_the_demo_trains_for_at_most_five_minutes():
     assert demo_config("demo", []).train.max_minutes < 5
+
+
+def table_of(results):
+    console = Console(width=80, record=True)
+    print_results(results, console)
+    return console.export_text()
+
+
+def test_a_folder_of_its_name_is_not_taken_for_the_packaged_tokenizer(tmp_path, monkeypatch):
+    (tmp_path / "vqhit-tiny-64").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert run_demo(tmp_path)["images"] == 48
+
+
+def test_the_demo_reconstructs_held_out_photographs_with_the_packaged_tokenizer(tmp_path):
+    results = run_demo(tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert results["model"] == "vqhit-tiny-64"
+    assert results["images"] == 2 * 24
+    picture = pil_to_uint8(load_image(tmp_path / "reconstruction.png"))
+    assert picture.shape == (3, 2 * 260 + 4, 2 * 388 + 4)
+    originals, reconstructions = picture[:, 4:260, 4:388], picture[:, 264:520, 4:388]
+    photo = load_image(tmp_path / "photos" / "held_out" / HELD_OUT_PHOTOS[0])
+    assert torch.equal(originals[:, :64, :64], tiles(photo, 64)[0])
+    model = VQHiT.from_pretrained("vqhit-tiny-64")
+    last = to_uint8(model.reconstruct(from_uint8(tiles(photo, 64)[-1:])))[0]
+    assert (reconstructions[:, -64:, -64:].int() - last.int()).abs().max() <= 1  # another batch may round otherwise
+    assert "48 tiles of 2 photographs, 64 px" in table_of(results)
+    assert results["psnr"] > results["psnr_thumbnail"]
+
+
+def test_tiles_are_cut_from_the_middle_of_a_resized_photograph(picture):
+    photo = picture(300, 100)
+    cut = tiles(photo, 16)
+    assert cut.shape == (4 * 12, 3, 16, 16)
+    resized = pil_to_uint8(photo.resize((192, 64), Image.Resampling.BICUBIC))
+    assert torch.equal(cut[13], resized[:, 16:32, 16:32])
+    assert tiles(picture(70, 64), 16).shape == (4 * 4, 3, 16, 16)
+    with pytest.raises(ValueError, match="10x100 px: too narrow"):
+        tiles(picture(10, 100), 16)
 
 
 def test_a_short_demo_writes_its_results_and_reuses_them(tmp_path, capsys):
     out = tmp_path / "my demo"
     short = ["train.steps=3", "train.batch_norm_batches=1"]
-    results = run_demo(demo_config(out, short), out)
+    results = train_demo(demo_config(out, short), out)
     assert json.loads((out / "results.json").read_text()) == results
     assert {"psnr", "psnr_mean_colour", "psnr_thumbnail", "ssim", "codes_used", "seconds"} <= results.keys()
     assert results["images"] == 12
@@ -48,21 +92,28 @@ def test_a_short_demo_writes_its_results_and_reuses_them(tmp_path, capsys):
     assert VQHiT.from_pretrained(out / "model").num_tokens == results["tokens_per_image"]
 
     model = VQHiT.from_pretrained(out / "model")
-    crops = torch.cat([held_out_crops(out / "photos" / "held_out" / name, model) for name in HELD_OUT_PHOTOS])
+    crops = torch.cat([six_crops(out / "photos" / "held_out" / name, model) for name in HELD_OUT_PHOTOS])
     reconstructions = to_uint8(model.reconstruct(from_uint8(crops)))
     assert results["psnr"] == pytest.approx(psnr(crops, reconstructions).mean().item(), rel=1e-6)
 
-    again = run_demo(demo_config(out, short), out)
+    again = train_demo(demo_config(out, short), out)
     assert again["steps_this_time"] == 0
     assert again["psnr"] == results["psnr"]
     assert again["seconds_training"] == results["seconds_training"]
 
-    console = Console(width=80, record=True)
-    print_results(results, console)
-    table = console.export_text()
+    table = table_of(results)
     for heading in ("per image", "per pixel", "PSNR", "SSIM", "codes used", "seconds", "mean colour"):
         assert heading in table
     assert "…" not in table
+
+
+def test_a_signal_ends_the_training_demo_without_results(tmp_path, monkeypatch):
+    def stopped(trainer):
+        trainer.stopped_by = Signals.SIGINT
+
+    monkeypatch.setattr(Trainer, "run", stopped)
+    assert train_demo(demo_config(tmp_path, []), tmp_path) == Signals.SIGINT
+    assert not (tmp_path / "results.json").exists()
 
 
 def test_a_demo_killed_while_it_copies_leaves_no_half_photograph(tmp_path, monkeypatch):
@@ -71,13 +122,13 @@ def test_a_demo_killed_while_it_copies_leaves_no_half_photograph(tmp_path, monke
 
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(OSError, match="killed"):
-        run_demo(demo_config(tmp_path, []), tmp_path)
+        train_demo(demo_config(tmp_path, []), tmp_path)
     assert list((tmp_path / "photos" / "train").iterdir()) == []
 
 
 def test_a_minute_of_training_is_already_far_above_the_mean_colour(tmp_path):
     config = demo_config(tmp_path, ["train.steps=200"])
-    results = run_demo(config, tmp_path)
+    results = train_demo(config, tmp_path)
     assert results["psnr"] > results["psnr_mean_colour"] + 2
     assert results["codes_used"] > 100
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 
 import pytest
 import torch
@@ -59,6 +60,41 @@ def test_a_generator_round_trip(tmp_path):
     assert torch.equal(HiTGenerator.from_pretrained(tmp_path)(z), generator(z))
 
 
+def test_half_precision_on_disk_is_read_as_float32(folder, tmp_path):
+    VQHiT.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    size = (folder / "model.safetensors").stat().st_size
+    assert (tmp_path / "half" / "model.safetensors").stat().st_size < 0.6 * size
+    loaded = VQHiT.from_pretrained(tmp_path / "half")
+    for name, tensor in VQHiT.from_pretrained(folder).state_dict().items():
+        expected = tensor.bfloat16().float() if tensor.is_floating_point() else tensor
+        assert torch.equal(loaded.state_dict()[name], expected), name
+    VQHiT.from_pretrained(folder, dtype=torch.float64).save_pretrained(tmp_path / "double")
+    assert VQHiT.from_pretrained(tmp_path / "double").quantizer.codebook.dtype == torch.float64
+    edit_weights(tmp_path / "double", lambda w: w.update({"quantizer.codebook": w["quantizer.codebook"].float()}))
+    assert {tensor.dtype for tensor in VQHiT.from_pretrained(tmp_path / "double").parameters()} == {torch.float32}
+    assert VQHiT.from_pretrained(tmp_path / "half", dtype=torch.bfloat16).quantizer.codebook.dtype == torch.bfloat16
+
+
+def test_a_packaged_model_is_found_by_name_without_a_network(monkeypatch, tmp_path):
+    monkeypatch.setattr(socket, "socket", lambda *_, **__: pytest.fail("a socket was opened"))
+    monkeypatch.chdir(tmp_path)
+    model = VQHiT.from_pretrained("vqhit-tiny-64")
+    assert (model.config.image_size, model.quant_conv.weight.dtype) == (64, torch.float32)
+    with pytest.raises(ValueError, match=r"vqhit-tiny-46: no such folder; .*with the package comes vqhit-tiny-64"):
+        VQHiT.from_pretrained("vqhit-tiny-46")
+    for name in ("", "..", "../pretrained/vqhit-tiny-64", "vqhit-tiny-64/"):
+        with pytest.raises(ValueError, match="no such f"):
+            VQHiT.from_pretrained(name)
+
+
+def test_a_folder_with_a_configuration_goes_before_a_packaged_model(tiny_model, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vqhit-tiny-64").mkdir()
+    assert VQHiT.from_pretrained("vqhit-tiny-64").config.image_size == 64
+    tiny_model.save_pretrained("vqhit-tiny-64")
+    assert VQHiT.from_pretrained("vqhit-tiny-64").config == tiny_model.config
+
+
 def test_dtype_converts_the_floating_point_tensors(folder):
     model = VQHiT.from_pretrained(folder, dtype=torch.bfloat16)
     assert model.quantizer.codebook.dtype == torch.bfloat16
@@ -77,6 +113,10 @@ def test_dtype_converts_the_floating_point_tensors(folder):
         (
             lambda w: w.update({"quantizer.codebook": torch.zeros(32, 8, dtype=torch.int64)}),
             "tensor quantizer.codebook is torch.int64; expected torch.float32",
+        ),
+        (
+            lambda w: w.update({"quantizer.codebook": torch.full((32, 8), torch.inf)}),
+            "tensor quantizer.codebook holds values that are not finite",
         ),
     ],
 )

@@ -150,10 +150,52 @@ def test_preprocess_and_postprocess_refuse_other_things(tiny_model):
 
 def test_attention_resolutions_must_be_those_of_the_encoders_maps():
     config = VQHiTConfig.preset("vqhit-s-256")
-    with pytest.raises(
-        ConfigError, match=r"encoder\.attention_resolutions \[15\]: the encoder's maps at 256 px are 256, 128"
-    ):
+    with pytest.raises(ConfigError, match=r"encoder\.attention_resolutions: found \[15\]; the maps are 256, 128"):
         VQHiTConfig(**{**dict(config), "encoder": EncoderConfig(attention_resolutions=(15,))})
+
+
+def test_a_convolutional_decoder_takes_the_place_of_hits(conv_config, tmp_path):
+    torch.manual_seed(0)
+    model = VQHiT(conv_config).eval()
+    assert {name.split(".")[0] for name in model.state_dict()} == {
+        "encoder", "quant_conv", "quantizer", "post_quant_conv", "decoder",
+    }  # fmt: skip
+    model.save_pretrained(tmp_path)
+    loaded = VQHiT.from_pretrained(tmp_path)
+    assert loaded.config == conv_config
+    assert torch.equal(loaded.reconstruct(images()), model.reconstruct(images()))
+    model(images()).reconstruction.square().sum().backward()
+    assert all(parameter.grad is not None for part in model.decoder_parts for parameter in part.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stem": StemConfig()}, "stem: a decoder of kind conv has none; leave it out"),
+        (
+            {"decoder": {"kind": "conv", "resolution": 16, "attention_resolutions": []}},
+            "decoder.channel_multipliers enlarge 16 times; the encoder reduces 2 times",
+        ),
+        ({"decoder": {"kind": "conv", "resolution": 8192}}, "resolution 8192; allowed: up to 4096"),
+        (
+            {"encoder": EncoderConfig(channel_multipliers=(1, 1, 1, 1, 1), attention_resolutions=())},
+            "16 px into a 1x1 token grid; at least 2x2",
+        ),
+        ({"decoder": {"kind": "cnov"}}, "decoder.kind: found 'cnov'; allowed: hit, conv"),
+        ({"decoder": {"kind": "conv", "resolution": 24}}, "resolution 24: not a multiple of 16, its upsampling"),
+        (
+            {"decoder": {"kind": "conv", "attention_resolutions": [15]}},
+            r"decoder.attention_resolutions: found \[15\]; the maps are 256, 128",
+        ),
+        ({"decoder": {"kind": "conv", "width": 64}}, "decoder.width: unknown key; allowed: channels"),
+        ({"decoder": 5}, "decoder: found 5; a decoder is a mapping, of kind hit or conv"),
+        ({"decoder": {1: 2}}, "decoder: found {1: 2}; a decoder is a mapping, of kind hit or conv"),
+        ({"decoder": None}, "decoder: found None; a decoder is a mapping, of kind hit or conv"),
+    ],
+)
+def test_convolutional_decoders_that_do_not_fit_are_named(conv_config, change, message):
+    with pytest.raises(ConfigError, match=message):
+        VQHiTConfig(**{**dict(conv_config), **change})
 
 
 def test_the_stem_starts_near_unit_variance():
@@ -198,6 +240,7 @@ def test_presets_are_vqgans_encoder_and_a_hit(size):
         channels=128, channel_multipliers=(1, 1, 2, 2, 4), num_res_blocks=2, attention_resolutions=(16,), z_channels=256
     )
     assert config.quantizer == QuantizerConfig(codebook_size=1024, dim=256, commitment=0.25)
+    assert config.stem == StemConfig(latent_grid=4, skip=True)
     assert (config.image_size, config.token_grid) == (256, (16, 16))
 
 
@@ -280,4 +323,4 @@ def test_decoding_takes_about_a_tenth_of_vqgans_arithmetic():
             with FlopCounterMode(display=False) as counter:
                 decode(torch.empty(1, 256, 16, 16))
             gflops.append(counter.get_total_flops() / 1e9)
-    assert gflops == pytest.approx([26.8, 252.7], abs=0.05)
+    assert gflops == pytest.approx([26.9, 252.7], abs=0.05)

@@ -90,7 +90,11 @@ def replay(model, discriminator, perceptual, images, loss):
     tokens = torch.cdist(flat.detach(), codebook.detach()).argmin(1)
     codes = codebook[tokens].view(latents.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
     codebook_loss = ((latents.detach() - codes) ** 2).mean() + 0.25 * ((latents - codes.detach()) ** 2).mean()
-    reconstruction = model.backbone(*model.stem(latents + (codes - latents).detach()))
+    passed = latents + (codes - latents).detach()
+    if model.config.decoder.kind == "conv":
+        reconstruction, last = model.decoder(model.post_quant_conv(passed)), model.decoder.conv_out.weight
+    else:
+        reconstruction, last = model.backbone(*model.stem(passed)), model.backbone.stages[-1].to_rgb.linear.weight
 
     values = {
         "reconstruction": ((images - reconstruction) ** 2).mean(),
@@ -100,7 +104,6 @@ def replay(model, discriminator, perceptual, images, loss):
     weight = loss.adversarial
     adversarial = -log_sigmoid(discriminator(reconstruction)).mean()
     if loss.adaptive:
-        last = model.backbone.stages[-1].to_rgb.linear.weight
         of_image, of_logits = (
             torch.autograd.grad(term, last, retain_graph=True)[0]
             for term in (values["reconstruction"] + values["perceptual"], adversarial)
@@ -137,9 +140,10 @@ def gradients_of(trainer):
     }
 
 
-@pytest.mark.parametrize("adaptive", [False, True])
-def test_two_whole_steps_equal_the_formulas_in_float64(make_trainer, adaptive):
-    trainer = make_trainer({"adaptive": adaptive})
+@pytest.mark.parametrize(("decoder", "adaptive"), [("hit", False), ("hit", True), ("conv", True)])
+def test_two_whole_steps_equal_the_formulas_in_float64(make_trainer, tiny_config, conv_config, decoder, adaptive):
+    model = {"hit": tiny_config, "conv": conv_config}[decoder]
+    trainer = make_trainer({"adaptive": adaptive}, model=model.to_dict())
     loss = trainer.config.loss
     model, discriminator = copy.deepcopy(trainer.state.model), copy.deepcopy(trainer.state.discriminator)
     start = copy.deepcopy(model), copy.deepcopy(discriminator)

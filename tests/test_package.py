@@ -18,6 +18,7 @@ FLOORS = [
         "losses",
         "augment",
         "checkpoint",
+        "frechet",
         "progress",
         "ema",
         "logs",
@@ -41,6 +42,9 @@ FLOORS = [
 ]
 
 
+MODEL_FILES = {"config.json", "model.safetensors", "README.md"}
+
+
 def imported(path):
     """Names of the vqhit modules that a file imports, also inside functions."""
     names = set()
@@ -58,7 +62,7 @@ def imported(path):
 
 def test_every_module_has_a_floor():
     assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} == set().union(*FLOORS)
-    assert [path for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"] == []
+    assert {path.name for path in PACKAGE.iterdir() if path.is_dir()} - {"__pycache__"} == {"pretrained"}
 
 
 @pytest.mark.parametrize("floor", range(len(FLOORS)))
@@ -67,6 +71,14 @@ def test_imports_go_down(floor):
     for name in FLOORS[floor]:
         upwards = imported(PACKAGE / f"{name}.py") - below
         assert not upwards, f"{name}.py imports {upwards} from its own floor or above"
+
+
+def test_packaged_models_are_small_folders_of_data():
+    folders = list((PACKAGE / "pretrained").iterdir())
+    assert folders
+    for folder in folders:
+        assert {path.name for path in folder.iterdir()} == MODEL_FILES
+        assert sum(path.stat().st_size for path in folder.iterdir()) <= 8e6
 
 
 def best_seconds(code, tries=4):
@@ -111,6 +123,9 @@ def test_the_wheel_holds_the_configurations_and_the_type_marker(tmp_path):
     subprocess.run([*command, "--wheel-dir", str(tmp_path), str(PACKAGE.parent)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("vqhit-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"vqhit/py.typed", "vqhit/configs/demo.yaml", "vqhit/configs/vqhit_imagenet256.yaml"} <= names
+    configs = [path.relative_to(PACKAGE.parent) for path in (PACKAGE.parent / "configs").rglob("*.yaml")]
+    assert {"vqhit/py.typed", *(f"vqhit/{path}" for path in configs)} <= names
     assert {f"vqhit/{path.name}" for path in PACKAGE.glob("*.py")} <= names
+    for model in (PACKAGE / "pretrained").iterdir():
+        assert {f"vqhit/pretrained/{model.name}/{file}" for file in MODEL_FILES} <= names
     assert not any(name.startswith("tests/") for name in names)

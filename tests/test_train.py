@@ -24,6 +24,10 @@ CLOCKED = {"images_per_s", "memory_mib"}
 """Numbers that no two runs share."""
 
 
+EIGHT = {"channels": 32, "channel_multipliers": [1, 1], "num_res_blocks": 1, "attention_resolutions": []}
+"""Sizes of an encoder or decoder for images of 8 px."""
+
+
 @pytest.fixture
 def make_config(tiny_config, photo_folder, tmp_path):
     def make(**train):
@@ -196,9 +200,10 @@ def test_training_lowers_the_loss(make_config):
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize("recipe", ["reconstruction", "with restarts and a schedule", "whole"])
-def test_the_same_command_continues_to_the_same_weights(make_config, whole_recipe, tmp_path, recipe):
+@pytest.mark.parametrize("recipe", ["reconstruction", "with restarts and a schedule", "whole", "convolutions"])
+def test_the_same_command_continues_to_the_same_weights(make_config, whole_recipe, conv_config, tmp_path, recipe):
     options = {
+        "convolutions": {**whole_recipe, "model": conv_config.to_dict()},
         "reconstruction": {},
         "with restarts and a schedule": {"restart_codes_after": 1, "batch_norm_batches": 2, "schedule": "cosine"},
         "whole": whole_recipe,
@@ -220,7 +225,8 @@ def test_the_same_command_continues_to_the_same_weights(make_config, whole_recip
     with pytest.raises(StoppedError):
         trainer.run()
     again = Trainer(make_config(**options))
-    assert again.state.step == (3 if recipe == "whole" else 4)
+    whole = recipe in ("whole", "convolutions")
+    assert again.state.step == (3 if whole else 4)
     continued = VQHiT.from_pretrained(again.run())
     for name, tensor in continued.state_dict().items():
         assert torch.equal(tensor, uninterrupted.state_dict()[name]), name
@@ -228,7 +234,7 @@ def test_the_same_command_continues_to_the_same_weights(make_config, whole_recip
         other = load_file(tmp_path / "run" / "checkpoints" / "step_000000006" / path.name)
         for name, tensor in load_file(path).items():
             torch.testing.assert_close(other[name], tensor, rtol=0, atol=0, equal_nan=True, msg=f"{path.name}: {name}")
-    if recipe == "whole":
+    if whole:
         evaluations = [(tmp_path / run / "evaluations.jsonl").read_text() for run in ("run", "whole")]
         assert evaluations[0] == evaluations[1]
         assert len(evaluations[0].splitlines()) == 2
@@ -467,6 +473,13 @@ def test_weights_that_cannot_be_had_are_named_before_training(make_config, tmp_p
         ),
         ({"discriminator": {"resolution": 32}}, "discriminator.resolution 32: the model's images are 16 px"),
         ({"eval": {"every": 2}}, "eval.path: missing"),
+        (
+            {
+                "eval": {"path": "photos"},
+                "model": {"encoder": EIGHT, "stem": None, "decoder": {**EIGHT, "kind": "conv", "resolution": 8}},
+            },
+            "eval: SSIM needs images of at least 11 px; the model's are 8 px",
+        ),
         ({"loss": {"consistency": 10.0}}, "loss.consistency is a term of the discriminator: it needs loss.adversarial"),
         (
             {"model": {"stem": {"latent_grid": 1}}, "batch_size": 4, "micro_batch_size": 3},
@@ -514,7 +527,10 @@ def test_every_quantizer_trains(make_config, quantizer):
     assert len(trainer.state.model(images).tokens.unique()) >= 8
 
 
-def test_compiled_parts_train_as_eager_ones_do(make_config, whole_recipe, tmp_path, monkeypatch):
+@pytest.mark.parametrize("decoder", ["hit", "conv"])
+def test_compiled_parts_train_as_eager_ones_do(make_config, whole_recipe, conv_config, tmp_path, monkeypatch, decoder):
+    if decoder == "conv":
+        whole_recipe["model"] = conv_config.to_dict()
     # Traced and differentiated ahead of time as always; generating code for it would take the test two minutes.
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend="aot_eager"))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from vqhit import distributed
+from vqhit.frechet import FeatureSums
 from vqhit.layers import BatchNorm
 from vqhit.recipe import RunConfig
 from vqhit.train import Trainer
@@ -93,6 +94,21 @@ def agreement():
     assert distributed.gather_objects(distributed.rank()) == [0, 1]
 
 
+def distance():
+    """Sums of features of both processes, of which one has none, are those of all features."""
+    torch.manual_seed(0)
+    features = torch.randn(9, 4)
+    whole, shared = FeatureSums(4), FeatureSums(4)
+    whole.update(features)
+    if distributed.rank() == 1:
+        shared.update(features[:5])
+        shared.update(features[5:])
+    shared.gather()
+    assert shared.count == 9
+    torch.testing.assert_close(shared.mean, whole.mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(shared.covariance, whole.covariance, rtol=1e-12, atol=1e-12)
+
+
 def silence():
     """Process 1 hangs; process 0 gives up after the timeout."""
     if distributed.rank() == 1:
@@ -112,6 +128,7 @@ if __name__ == "__main__":
             planted(kind)
         normalisation()
         agreement()
+        distance()
         Path(f"done-{distributed.rank()}").touch()
     else:
         silence()

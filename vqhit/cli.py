@@ -19,7 +19,7 @@ app = typer.Typer(
 )
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides: train.steps=1000.")]
-ModelDir = Annotated[Path, typer.Option("--model", help="Model folder: config.json and model.safetensors.")]
+ModelDir = Annotated[str, typer.Option("--model", help="Model folder, or vqhit-tiny-64, which is in the package.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
 
 
@@ -64,24 +64,35 @@ def _root(
 @app.command()
 def demo(
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option("--out", help="Folder of the demo's photographs, run and results.")] = Path(
-        "demo"
-    ),
+    train: Annotated[bool, typer.Option("--train", help="Train a small tokenizer first; KEY=VALUE change it.")] = False,
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder of photographs and results; --train writes its subfolder `trained`.")
+    ] = Path("demo"),
 ) -> None:
-    """Train a small tokenizer on scikit-image's photographs and reconstruct two that it has not seen.
+    """Reconstruct photographs with the tokenizer that comes with the package.
 
-    Takes minutes on two CPU cores; run again, it reuses the trained model.
+    With --train, train a small one on other photographs first, in minutes on two CPU cores; run again, it is reused.
 
     Example: vqhit demo
     """
+    from signal import Signals
+
     from rich.console import Console
 
-    from vqhit.demo import demo_config, print_results, run_demo
+    from vqhit.demo import demo_config, print_results, run_demo, train_demo
 
-    results = run_demo(demo_config(out, overrides or []), out)
+    if overrides and not train:
+        raise ValueError(f"{overrides[0]!r} changes a training run; add --train")
+    out = out / "trained" if train else out
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: a file; --out is a folder")
+    results = train_demo(demo_config(out, overrides or []), out) if train else run_demo(out)
+    if isinstance(results, Signals):
+        print(f"{results.name}: training stopped; the same command continues")
+        raise typer.Exit(128 + results)
     print_results(results, Console())
     print(f"{out / 'reconstruction.png'}: originals above reconstructions")
-    print(f"{out / 'results.json'}: these numbers; {out / 'model'}: the model, for VQHiT.from_pretrained")
+    print(f"{out / 'results.json'}: these numbers; {results['model']}: the model, for VQHiT.from_pretrained")
 
 
 @app.command()
@@ -167,11 +178,19 @@ def evaluate(
         int | None, typer.Option("--limit", min=1, help="Evaluate this many images, evenly spaced.")
     ] = None,
     workers: Annotated[int, typer.Option("--workers", min=0, help="Loader processes.")] = 0,
+    features: Annotated[
+        Path | None, typer.Option("--features", help="YAML file of a network, for a Fréchet distance (not FID).")
+    ] = None,
+    feature_weights: Annotated[
+        Path | None, typer.Option("--feature-weights", help="That network's weights: .pth or .safetensors.")
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Measure PSNR, SSIM, codebook usage and perplexity of a tokenizer on a folder of images.
 
-    Example: vqhit eval --model runs/mine/model --data /data/imagenet/val --limit 1000
+    With --features FILE.yaml --feature-weights FILE, also a Fréchet distance on that network's features (not FID).
+
+    Example: vqhit eval --model vqhit-tiny-64 --data /data/imagenet/val --limit 1000
     """
     from rich import box
     from rich.console import Console
@@ -179,29 +198,48 @@ def evaluate(
     from rich.text import Text
 
     from vqhit.evaluate import evaluate_tokenizer
-    from vqhit.files import write_atomic
+    from vqhit.files import sha256, write_atomic
+    from vqhit.hub import WEIGHTS_FILE, find_model
     from vqhit.models import VQHiT
+    from vqhit.perceptual import FeaturesConfig
 
     if out.is_dir():
         raise ValueError(f"{out}: a folder; --out is the JSON file to write")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    if (features is None) != (feature_weights is None):
+        missing = "--features" if features is None else "--feature-weights"
+        raise ValueError(f"{missing} is missing: a Fréchet distance needs both, a network and a file of its weights")
     tokenizer = VQHiT.from_pretrained(model, device=device)
+    out.parent.mkdir(parents=True, exist_ok=True)
     results = {
-        "model": str(model),
-        **evaluate_tokenizer(tokenizer, data, split=split, batch_size=batch_size, limit=limit, workers=workers),
+        "model": model,
+        "model_sha256": sha256(find_model(model) / WEIGHTS_FILE),
+        **evaluate_tokenizer(
+            tokenizer,
+            data,
+            split=split,
+            batch_size=batch_size,
+            limit=limit,
+            workers=workers,
+            features=None if features is None else FeaturesConfig.from_yaml(features),
+            feature_weights=feature_weights,
+        ),
     }
     write_atomic(out, (json.dumps(results, indent=2) + "\n").encode())
-    table = Table(title=Text(f"{model} on {results['images']} images of {data}"), box=box.SIMPLE)
-    for column in ("PSNR (dB)", "SSIM", "codes used", "codebook usage", "perplexity", "seconds"):
-        table.add_column(column, justify="right")
-    table.add_row(
-        f"{results['psnr']:.2f}",
-        f"{results['ssim']:.4f}",
-        f"{results['codes_used']} of {results['codebook_size']}",
-        f"{results['codebook_usage']:.1%}",
-        f"{results['codebook_perplexity']:.1f}",
-        f"{results['seconds']:.1f}",
-    )
+    title = Text(f"{model} on {results['images']} images of {data}")
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    row = {
+        "PSNR (dB)": f"{results['psnr']:.2f}",
+        "SSIM": f"{results['ssim']:.4f}",
+        "codes\nused": f"{results['codes_used']} of {results['codebook_size']}",
+        "codebook\nusage": f"{results['codebook_usage']:.1%}",
+        "perplexity": f"{results['codebook_perplexity']:.1f}",
+        "seconds": f"{results['seconds']:.1f}",
+    }
+    if "frechet_distance" in results:
+        row["Fréchet\ndistance"] = f"{results['frechet_distance']:.5g}"
+    for column in row:
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_row(*row.values())
     Console().print(table)
     if results["skipped"]:
         print(f"{results['skipped']} images cannot be read; {out} lists them")
@@ -217,7 +255,7 @@ def reconstruct(
 ) -> None:
     """Encode and decode photographs; writes each one's center crop beside its reconstruction as NAME.png.
 
-    Example: vqhit reconstruct cat.jpg dog.webp --model demo/model --out pictures
+    Example: vqhit reconstruct cat.jpg dog.webp --model vqhit-tiny-64 --out pictures
     """
     import torch
 

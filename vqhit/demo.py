@@ -1,14 +1,20 @@
-"""The demo: a small tokenizer, trained and tried on the colour photographs that ship inside scikit-image."""
+"""The demo: the tokenizer that comes with the package, or one trained on the spot, tried on photographs.
+
+They are the colour photographs that ship inside scikit-image; two of them are held out of any training.
+"""
 
 import importlib.util
 import json
 import math
 import time
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -17,11 +23,13 @@ from torch import Tensor
 from vqhit.checkpoint import newest
 from vqhit.evaluate import Reconstruction, psnr, ssim
 from vqhit.files import write_atomic
-from vqhit.images import compare_grid, crop_box, from_uint8, load_image, pil_to_uint8, to_uint8
+from vqhit.hub import PACKAGED
+from vqhit.images import compare_grid, crop_box, from_uint8, image_grid, load_image, pil_to_uint8, to_uint8
 from vqhit.models import VQHiT
 from vqhit.recipe import RunConfig
 from vqhit.train import Trainer
 
+PACKAGED_MODEL = "vqhit-tiny-64"
 TRAINING_PHOTOS = (
     "astronaut.png",
     "hubble_deep_field.jpg",
@@ -32,6 +40,46 @@ TRAINING_PHOTOS = (
     "rocket.jpg",
 )
 HELD_OUT_PHOTOS = ("chelsea.png", "coffee.png")
+TILE_ROWS = 4
+"""Rows of tiles that a photograph is cut into."""
+
+
+def run_demo(out: Path) -> dict[str, Any]:
+    """Reconstruct the held-out photographs, tile by tile, with the tokenizer that comes with the package.
+
+    Writes results.json and reconstruction.png into `out` and returns the results. Raises `ValueError` if scikit-image's
+    photographs are not there.
+    """
+    model = VQHiT.from_pretrained(PACKAGED / PACKAGED_MODEL)  # not a folder of that name
+    _copy_photos(HELD_OUT_PHOTOS, out / "photos" / "held_out")
+    cut = [tiles(load_image(out / "photos" / "held_out" / name), model.config.image_size) for name in HELD_OUT_PHOTOS]
+    results, reconstructions = _beside_baselines(model, torch.cat(cut))
+    parts = reconstructions.split([len(each) for each in cut])
+    pictures = [[_assembled(each) for each in photographs] for photographs in (cut, parts)]
+    image_grid(pictures).save(out / "reconstruction.png")
+    results = {"model": PACKAGED_MODEL, "of": f"tiles of {len(cut)} photographs", **results}
+    write_atomic(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+    return results
+
+
+def tiles(photo: Image.Image, size: int) -> Tensor:
+    """Cut a photograph, resized to `TILE_ROWS` times `size` px of height, into tiles: (N, 3, size, size) uint8.
+
+    What is left over at its sides is cut off, the same on both. Raises `ValueError` if it is too narrow for one column.
+    """
+    height = TILE_ROWS * size
+    width = round(photo.width * height / photo.height)
+    if width < size:
+        raise ValueError(f"{photo.width}x{photo.height} px: too narrow to be cut into {TILE_ROWS} rows of square tiles")
+    left = (width % size) // 2
+    resized = photo.resize((width, height), Image.Resampling.BICUBIC)
+    pixels = pil_to_uint8(resized.crop((left, 0, left + width // size * size, height)))
+    return rearrange(pixels, "c (rows h) (columns w) -> (rows columns) c h w", h=size, w=size)
+
+
+def _assembled(parts: Tensor) -> Tensor:
+    """Undo the cutting of `tiles`: (N, 3, S, S) -> (3, H, W)."""
+    return rearrange(parts, "(rows columns) c h w -> c (rows h) (columns w)", rows=TILE_ROWS)
 
 
 def demo_config(out: Path | str, overrides: list[str]) -> RunConfig:
@@ -47,10 +95,11 @@ def demo_config(out: Path | str, overrides: list[str]) -> RunConfig:
     return RunConfig.from_yaml(found[0] / "demo.yaml", [*folders, *overrides])
 
 
-def run_demo(config: RunConfig, out: Path) -> dict[str, Any]:
-    """Train (or continue, or reuse) the demo's model in `out`, try it on the held-out photographs, return the results.
+def train_demo(config: RunConfig, out: Path) -> dict[str, Any] | Signals:
+    """Train (or continue, or reuse) a small model in `out`, try it on crops of the held-out photographs.
 
-    Writes results.json and reconstruction.png. Raises `ValueError` if scikit-image's photographs are not there.
+    Writes results.json and reconstruction.png and returns the results, or the signal that ended the training first.
+    Raises `ValueError` if scikit-image's photographs are not there.
     """
     started = time.perf_counter()
     _copy_photos(TRAINING_PHOTOS, out / "photos" / "train")
@@ -59,10 +108,11 @@ def run_demo(config: RunConfig, out: Path) -> dict[str, Any]:
     trained_from = trainer.state.step
     if trained_from < config.train.steps:
         trainer.run()
+    if trainer.stopped_by is not None:
+        return trainer.stopped_by
     training_s = time.perf_counter() - started if trainer.state.step > trained_from else 0.0
     if trained_from:  # training that an earlier call has done counts too
         training_s += _earlier_training_s(out / "results.json")
-    trained = time.perf_counter()
     if trainer.state.step < config.train.steps:
         print(f"out of time at step {trainer.state.step} of {config.train.steps}; the same command trains the rest")
     folder = newest(trainer.folder.checkpoints)
@@ -70,36 +120,45 @@ def run_demo(config: RunConfig, out: Path) -> dict[str, Any]:
     model = VQHiT.from_pretrained(folder)
     model.save_pretrained(out / "model")
 
-    crops = torch.cat([held_out_crops(out / "photos" / "held_out" / name, model) for name in HELD_OUT_PHOTOS])
-    evaluated = time.perf_counter()
-    measured = Reconstruction(model)
-    reconstructions = measured.update(crops)
-    coding_s = time.perf_counter() - evaluated
+    crops = torch.cat([six_crops(out / "photos" / "held_out" / name, model) for name in HELD_OUT_PHOTOS])
+    results, reconstructions = _beside_baselines(model, crops)
+    results = {
+        "model": str(out / "model"),
+        "of": f"crops of {len(HELD_OUT_PHOTOS)} photographs held out of training",
+        **results,
+        "steps": trainer.state.step,
+        "steps_this_time": trainer.state.step - trained_from,
+        "seconds": round(training_s + results["seconds"], 1),
+        "seconds_training": round(training_s, 1),
+    }
+    write_atomic(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
+    shown = [(crops[i], reconstructions[i]) for i in range(len(crops))]
+    compare_grid(shown, columns=len(crops) // 2, enlarge=2).save(out / "reconstruction.png")
+    return results
 
+
+def _beside_baselines(model: VQHiT, originals: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """Measure a tokenizer beside its baselines on (B, 3, S, S) uint8; the numbers, and the reconstructions."""
+    started = time.perf_counter()
+    measured = Reconstruction(model)
+    reconstructions = torch.cat([measured.update(part) for part in originals.split(12)])
+    seconds = time.perf_counter() - started
     bits = model.num_tokens * math.log2(model.codebook_size)
-    mean_colour, thumbnails, thumbnail_px = *baselines(crops, bits), thumbnail_side(bits)
+    mean_colour, thumbnails = baselines(originals, bits)
     results = {
         **measured.result(),
-        "psnr_mean_colour": float(psnr(crops, mean_colour).mean()),
-        "ssim_mean_colour": float(ssim(crops, mean_colour).mean()),
-        "psnr_thumbnail": float(psnr(crops, thumbnails).mean()),
-        "ssim_thumbnail": float(ssim(crops, thumbnails).mean()),
-        "thumbnail_px": thumbnail_px,
+        "psnr_mean_colour": float(psnr(originals, mean_colour).mean()),
+        "ssim_mean_colour": float(ssim(originals, mean_colour).mean()),
+        "psnr_thumbnail": float(psnr(originals, thumbnails).mean()),
+        "ssim_thumbnail": float(ssim(originals, thumbnails).mean()),
+        "thumbnail_px": thumbnail_side(bits),
         "image_size": model.config.image_size,
         "tokens_per_image": model.num_tokens,
         "codebook_size": model.codebook_size,
         "bits_per_pixel": bits / model.config.image_size**2,
-        "steps": trainer.state.step,
-        "steps_this_time": trainer.state.step - trained_from,
-        "seconds": round(training_s + time.perf_counter() - trained, 1),
-        "seconds_training": round(training_s, 1),
-        "seconds_encode_decode": round(coding_s, 3),
+        "seconds": round(seconds, 1),
     }
-    write_atomic(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
-    shown = [(crops[i], reconstructions[i]) for i in range(len(crops))]
-    picture = compare_grid(shown, columns=len(crops) // 2, enlarge=2)
-    picture.save(out / "reconstruction.png")
-    return results
+    return results, reconstructions
 
 
 def _earlier_training_s(results: Path) -> float:
@@ -111,7 +170,7 @@ def _earlier_training_s(results: Path) -> float:
 
 def print_results(results: dict[str, Any], console: Console) -> None:
     """The demo's table: the tokenizer beside its two baselines."""
-    title = f"{results['images']} crops of {len(HELD_OUT_PHOTOS)} photographs held out of training"
+    title = f"{results['images']} {results['of']}, {results['image_size']} px"
     table = Table(title=title, box=box.SIMPLE, padding=0, pad_edge=False)
     for column in ("", "tokens\nper image", "bits\nper pixel", "PSNR\n(dB)", "SSIM", "codes used", "seconds"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
@@ -133,11 +192,11 @@ def print_results(results: dict[str, Any], console: Console) -> None:
         numbers = (f"{results[f'psnr_{key}']:.2f}", f"{results[f'ssim_{key}']:.3f}")
         table.add_row(name, "-", f"{bits:.3f}", *numbers, "-", "-")
     console.print(table)
-    if results["psnr"] <= max(results["psnr_thumbnail"], results["psnr_mean_colour"]):
+    if "steps" in results and results["psnr"] <= max(results["psnr_thumbnail"], results["psnr_mean_colour"]):
         console.print("The tokenizer is not above both baselines: it was not trained long enough.")
 
 
-def held_out_crops(photo: Path, model: VQHiT) -> Tensor:
+def six_crops(photo: Path, model: VQHiT) -> Tensor:
     """Six square crops, two rows of three, that cover most of a landscape photograph: (6, 3, S, S) uint8."""
     image = load_image(photo)
     side = min(image.height / 2, image.width / 3)

@@ -1,7 +1,8 @@
-"""Reconstruction quality: PSNR, SSIM, codebook usage and perplexity, with the protocol beside the numbers."""
+"""Reconstruction quality: PSNR, SSIM, codebook usage, a Fréchet distance; with the protocol beside the numbers."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,19 @@ from vqhit import __version__, distributed
 from vqhit.codebook import CodebookUsage
 from vqhit.config import Count
 from vqhit.data import CenterCrops, Skipped, load_batches
+from vqhit.files import sha256
 from vqhit.folder import DataError
+from vqhit.frechet import FeatureSums, frechet_distance
 from vqhit.images import from_uint8, to_uint8
 from vqhit.models import VQHiT
+from vqhit.perceptual import FeatureDistance, FeaturesConfig, perceptual_network
 from vqhit.progress import ProgressBar
 from vqhit.sources import ImageSource, SourceConfig, evenly_spaced, open_source
 
 PSNR_CEILING_DB = 100.0
 """Reported for images that are equal, whose PSNR has no finite value."""
+SSIM_WINDOW = 11
+"""Side of SSIM's window in px, and the least that an image may have."""
 
 
 class EvalConfig(SourceConfig):
@@ -44,8 +50,8 @@ def ssim(first: Tensor, second: Tensor) -> Tensor:
     Wang et al. 2004: Gaussian window 11x11, sigma 1.5, data range 1, biased variances, mean over colour channels and
     over window positions that lie inside the image. Raises `ValueError` for images smaller than the window.
     """
-    if min(first.shape[-2:]) < 11:
-        raise ValueError(f"images are {tuple(first.shape[-2:])} px; SSIM needs at least 11x11")
+    if min(first.shape[-2:]) < SSIM_WINDOW:
+        raise ValueError(f"images are {tuple(first.shape[-2:])} px; SSIM needs at least {SSIM_WINDOW}x{SSIM_WINDOW}")
     taps = torch.exp(-(torch.arange(-5, 6, dtype=torch.float64, device=first.device) ** 2) / (2 * 1.5**2))
     taps = taps / taps.sum()
     x, y = (images.double().flatten(0, 1).unsqueeze(1) / 255 for images in (first, second))
@@ -64,10 +70,18 @@ def ssim(first: Tensor, second: Tensor) -> Tensor:
 
 
 class Reconstruction:
-    """Running PSNR, SSIM and codebook usage of a tokenizer over batches of uint8 images."""
+    """Running PSNR, SSIM and codebook usage of a tokenizer over batches of uint8 images.
 
-    def __init__(self, model: VQHiT) -> None:
-        self.model = model
+    With a network, also the Fréchet distance between its pooled features of the images and of the reconstructions.
+    """
+
+    def __init__(self, model: VQHiT, network: FeatureDistance | None = None) -> None:
+        self.model, self.network = model, network
+        self.features: tuple[FeatureSums, ...] = ()
+        """Of the images and of their reconstructions."""
+        if network is not None:
+            dim = network.pooled_dim(model.config.image_size)
+            self.features = FeatureSums(dim), FeatureSums(dim)
         self.usage = CodebookUsage(model.codebook_size)
         self.images = 0
         self.skipped: list[str] = []
@@ -82,6 +96,9 @@ class Reconstruction:
         self._psnr += float(psnr(originals, reconstructions).sum())
         self._ssim += float(ssim(originals, reconstructions).sum())
         self.images += len(originals)
+        if self.network is not None:
+            for sums, pictures in zip(self.features, (originals, reconstructions), strict=True):
+                sums.update(self.network.pooled(from_uint8(pictures.to(self.model.quant_conv.weight.device))))
         return reconstructions
 
     def gather(self) -> None:
@@ -89,17 +106,21 @@ class Reconstruction:
         sums = torch.tensor([self.images, self._psnr, self._ssim], dtype=torch.float64)
         images, self._psnr, self._ssim = distributed.total(sums).tolist()
         self.images, self.usage = int(images), self.usage.gather()
-        self.skipped = [problem for each in distributed.gather_objects(self.skipped) for problem in each]
+        for each in self.features:
+            each.gather()
+        self.skipped = [problem for those in distributed.gather_objects(self.skipped) for problem in those]
 
     def result(self) -> dict[str, Any]:
         """Means over all images so far, and codebook counts; raises `DataError` if there was none."""
         if not self.images:
             raise DataError(f"no image to evaluate on can be read; the first: {self.skipped[0]}")
+        distance = {} if not self.features else {"frechet_distance": frechet_distance(*self.features)}
         return {
             "images": self.images,
             "skipped": len(self.skipped),
             "psnr": self._psnr / self.images,
             "ssim": self._ssim / self.images,
+            **distance,
             "codes_used": self.usage.codes_used,
             "codebook_usage": self.usage.usage,
             "codebook_perplexity": self.usage.perplexity,
@@ -113,12 +134,13 @@ def measure(
     batch_size: int,
     workers: int,
     on_batch: Callable[[int], None] | None = None,
+    network: FeatureDistance | None = None,
 ) -> Reconstruction:
     """Reconstruct the center crops of some images and compare; each process takes its share, all return the same.
 
     `on_batch` is told how many images each batch of this process had.
     """
-    measured = Reconstruction(model)
+    measured = Reconstruction(model, network)
     mine = indices[distributed.rank() :: distributed.world_size()]
     order = (mine[start : start + batch_size] for start in range(0, len(mine), batch_size))
     for batch in load_batches(CenterCrops(source, model.config.image_size), order, workers):
@@ -140,17 +162,33 @@ def evaluate_tokenizer(
     limit: int | None = None,
     workers: int = 0,
     max_bad: float = 0.01,
+    features: FeaturesConfig | None = None,
+    feature_weights: Path | str | None = None,
 ) -> dict[str, Any]:
     """Measure a tokenizer on a folder of images or a data set; the result is JSON-able and names its protocol.
 
     `limit` takes that many images, evenly spaced in the list. Those that cannot be read are left out and listed; raises
-    `DataError` if they are more than the share `max_bad`.
+    `DataError` if they are more than the share `max_bad`. With `features` and a file of that network's weights, the
+    Fréchet distance between its pooled features of images and reconstructions is measured too: a proxy, not FID, which
+    depends on the network and on the number of images.
     """
+    network: FeatureDistance | None = None
+    described = {}
+    if features is not None and feature_weights is not None:
+        built = perceptual_network("features", feature_weights, features)
+        assert isinstance(built, FeatureDistance)
+        network = built.to(model.quant_conv.weight.device)
+        described = {"frechet_distance": _describe(features, feature_weights)}
+    elif features is not None or feature_weights is not None:
+        missing = "a network and its layers (features)" if features is None else "a file of weights (feature_weights)"
+        raise ValueError(f"the Fréchet distance needs {missing} too")
     source = open_source(SourceConfig(path=str(data), split=split), split="validation")
     indices = evenly_spaced(len(source), limit)
+    if network is not None and len(indices) < 2:
+        raise ValueError(f"a Fréchet distance needs at least 2 images; found {len(indices)}")
     started = time.perf_counter()
-    with ProgressBar("eval", -(-len(indices) // batch_size)) as bar:
-        measured = measure(model, source, indices, batch_size, workers, bar.advance)
+    with _exact_float32(), ProgressBar("eval", -(-len(indices) // batch_size)) as bar:
+        measured = measure(model, source, indices, batch_size, workers, bar.advance, network)
     skipped = Skipped(max_bad, len(indices))
     skipped.add(measured.skipped)
     skipped.check(len(indices))
@@ -168,9 +206,34 @@ def evaluate_tokenizer(
             "rounding": "reconstructions clamped and rounded to uint8",
             "psnr": f"dB, data range 1, mean over images, at most {PSNR_CEILING_DB:g} each",
             "ssim": "Gaussian 11x11, sigma 1.5, data range 1, mean over channels and images",
+            **described,
             "dtype": str(model.quant_conv.weight.dtype).removeprefix("torch."),
             "device": model.quant_conv.weight.device.type,
+            "tf32": False,
             "vqhit": __version__,
             "torch": torch.__version__,
         },
     }
+
+
+def _describe(features: FeaturesConfig, weights: Path | str) -> dict[str, Any]:
+    return {
+        "features": "activations, means over positions, of the images and of their uint8 reconstructions; not FID",
+        **features.to_dict(),
+        "weights_sha256": sha256(Path(weights).expanduser()),
+        "statistics": "float64, unbiased covariance",
+    }
+
+
+@contextmanager
+def _exact_float32() -> Iterator[None]:
+    """On CUDA, do not round float32 to TF32 (cuDNN's convolutions do by default)."""
+    places: tuple[Any, ...] = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [place.allow_tf32 for place in places]
+    try:
+        for place in places:
+            place.allow_tf32 = False
+        yield
+    finally:
+        for place, allowed in zip(places, before, strict=True):
+            place.allow_tf32 = allowed

@@ -1,7 +1,8 @@
 """Strict saving and loading of models as a folder: config.json and model.safetensors, nothing that executes.
 
-Loading refuses what does not fit exactly: a missing, extra or misshapen tensor, an unknown or ill-typed configuration
-key, another class's folder, a newer format.
+Some small trained models come with the package, in its folder `pretrained`, and are found by name. Loading refuses what
+does not fit exactly: a missing, extra or misshapen tensor, an unknown or ill-typed configuration key, another class's
+folder, a newer format.
 """
 
 import json
@@ -20,6 +21,8 @@ from vqhit.files import write_atomic
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+PACKAGED = Path(__file__).parent / "pretrained"
+"""The models that come with the package, a folder each."""
 
 
 class Pretrained(nn.Module):
@@ -42,23 +45,21 @@ class Pretrained(nn.Module):
     def from_pretrained(
         cls, path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
     ) -> Self:
-        """Load a folder written by `save_pretrained`, in eval mode.
+        """Load a folder written by `save_pretrained`, or a model that comes with the package by its name, in eval mode.
 
-        `device` may also be `auto`: CUDA where there is one. `dtype` converts the floating-point tensors; without it
-        they stay as they are on disk. Raises `ValueError` (or `ConfigError`) naming the key, tensor or file that does
-        not fit.
+        A folder with a config.json goes before a name. `device` may also be `auto`: CUDA where there is one. `dtype`
+        converts the floating-point tensors; without it they become float32, unless all are float64 on disk. Raises
+        `ValueError` (or `ConfigError`) naming the key, tensor or file that does not fit.
         """
-        directory = Path(path)
-        if not directory.is_dir():
-            raise ValueError(
-                f"{directory}: no such folder; a model folder holds {CONFIG_FILE} and {WEIGHTS_FILE} (this version "
-                "loads folders only, not yet from the Hugging Face Hub)"
-            )
+        directory = find_model(path)
         config = cls._read_config(directory / CONFIG_FILE)
         with torch.device("meta"):
             model = cls(config)
         weights = _read_weights(directory / WEIGHTS_FILE, select_device(device))
         _check_tensors(model.state_dict(), weights, directory / WEIGHTS_FILE)
+        if dtype is None:
+            found = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
+            dtype = torch.float64 if found == {torch.float64} else torch.float32
         model.load_state_dict(weights, strict=True, assign=True)
         return model.to(select_device(device), dtype).eval()
 
@@ -101,6 +102,23 @@ def select_device(name: torch.device | str) -> torch.device:
         raise ConfigError(f"device {str(name)!r} cannot be used here ({str(error).splitlines()[0]})") from None
 
 
+def find_model(path: Path | str) -> Path:
+    """Return a model's folder: the one given, or that of a packaged model, of which only a `str` is the name.
+
+    A folder of that name that holds a config.json goes first. Raises `ValueError` if there is neither.
+    """
+    directory = Path(path)
+    packaged = {folder.name: folder for folder in sorted(PACKAGED.glob("*/"))}
+    if isinstance(path, str) and path in packaged and not (directory / CONFIG_FILE).exists():
+        return packaged[path]
+    if directory.is_dir():
+        return directory
+    raise ValueError(
+        f"{directory}: no such folder; a model folder holds {CONFIG_FILE} and {WEIGHTS_FILE} (with the package comes "
+        f"{', '.join(packaged)}; this version does not yet load from the Hugging Face Hub)"
+    )
+
+
 def _read_weights(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
     try:
         weights: dict[str, torch.Tensor] = load_file(path, device=str(device))
@@ -123,6 +141,8 @@ def _check_tensors(expected: dict[str, torch.Tensor], found: dict[str, torch.Ten
             )
         if found[name].dtype.is_floating_point != tensor.dtype.is_floating_point:
             raise ValueError(f"{path}: tensor {name} is {found[name].dtype}; expected {tensor.dtype}")
+        if tensor.dtype.is_floating_point and not found[name].double().isfinite().all():
+            raise ValueError(f"{path}: tensor {name} holds values that are not finite")
 
 
 def _some(names: list[str]) -> str:

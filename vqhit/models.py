@@ -3,44 +3,79 @@
 Composition and shapes only; training is elsewhere. Images are (B, 3, H, W) floats in [-1, 1].
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from PIL import Image
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 from torch import Tensor, nn
 
 from vqhit import images as image_files
-from vqhit.config import Config, Count
+from vqhit.config import Config, ConfigError, Count
 from vqhit.hit import FIRST_SIZE, CodeStem, HiTBackbone, HiTConfig, NoiseStem, StemConfig
 from vqhit.hub import Pretrained
 from vqhit.quantizer import Quantized, QuantizerConfig
 from vqhit.vector_quantize import build_quantizer
-from vqhit.vqgan import Encoder, EncoderConfig
+from vqhit.vqgan import ConvDecoder, ConvDecoderConfig, Encoder, EncoderConfig
 
 
 class VQHiTConfig(Config):
-    """An encoder, a codebook, and a HiT decoder fed by a code stem; the image size is the decoder's resolution."""
+    """An encoder, a codebook, and a decoder, whose resolution is the image size.
+
+    The decoder is HiT, fed by a code stem, or, of kind `conv`, VQGAN's convolutional one: the baseline, without a stem.
+    """
 
     encoder: EncoderConfig
     quantizer: QuantizerConfig
-    stem: StemConfig
-    decoder: HiTConfig
+    stem: StemConfig | None = None
+    """Of a HiT decoder, and only of one."""
+    decoder: HiTConfig | ConvDecoderConfig
+
+    @field_validator("decoder", mode="before")
+    @classmethod
+    def _choose_decoder(cls, decoder: Any) -> Any:
+        if isinstance(decoder, HiTConfig | ConvDecoderConfig):
+            return decoder
+        if not (isinstance(decoder, Mapping) and all(isinstance(key, str) for key in decoder)):
+            raise ValueError(f"found {decoder!r}; a decoder is a mapping, of kind hit or conv")
+        kinds: dict[Any, type[HiTConfig | ConvDecoderConfig]] = {"hit": HiTConfig, "conv": ConvDecoderConfig}
+        kind = decoder.get("kind", "hit")
+        if not isinstance(kind, str) or kind not in kinds:
+            raise ConfigError([(("kind",), f"found {kind!r}; allowed: {', '.join(kinds)}")])
+        return kinds[kind](**decoder)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        grid, image_size = self.token_grid[0], self.image_size
-        levels = [image_size >> level for level in range(len(self.encoder.channel_multipliers))]
-        if unknown := set(self.encoder.attention_resolutions) - set(levels):
+        try:
+            self.encoder.check_attention(self.image_size)
+        except ConfigError as error:
+            raise ConfigError([(("encoder", *key), text) for key, text in error.problems]) from None
+        if isinstance(self.decoder, ConvDecoderConfig):
+            self._check_conv(self.decoder)
+        else:
+            self._check_hit()
+        return self
+
+    def _check_conv(self, decoder: ConvDecoderConfig) -> None:
+        if self.stem is not None:
+            raise ValueError("stem: a decoder of kind conv has none; leave it out")
+        if (grid := self.token_grid[0]) < 2:
+            raise ValueError(f"the encoder turns {self.image_size} px into a {grid}x{grid} token grid; at least 2x2")
+        if decoder.downsampling != self.encoder.downsampling:
             raise ValueError(
-                f"encoder.attention_resolutions {sorted(unknown)}: the encoder's maps at {image_size} px are "
-                f"{', '.join(map(str, levels))} px"
+                f"decoder.channel_multipliers enlarge {decoder.downsampling} times; the encoder reduces "
+                f"{self.encoder.downsampling} times"
             )
+
+    def _check_hit(self) -> None:
+        if self.stem is None:
+            raise ConfigError([(("stem",), "missing")])
+        grid = self.token_grid[0]
         if grid < FIRST_SIZE:
             raise ValueError(
-                f"the encoder turns {image_size} px into a {grid}x{grid} token grid; HiT needs at least "
+                f"the encoder turns {self.image_size} px into a {grid}x{grid} token grid; HiT needs at least "
                 f"{FIRST_SIZE}x{FIRST_SIZE}"
             )
         if grid % self.stem.latent_grid:
@@ -49,7 +84,6 @@ class VQHiTConfig(Config):
             raise ValueError(
                 f"stem.skip needs a token grid of 16x16, the second stage's map; this one is {grid}x{grid}"
             )
-        return self
 
     @property
     def image_size(self) -> int:
@@ -70,7 +104,7 @@ class VQHiTConfig(Config):
         return cls(
             encoder=EncoderConfig(),
             quantizer=QuantizerConfig(),
-            stem=StemConfig(),
+            stem=StemConfig(skip=True),
             decoder=HiTConfig.preset(name.removeprefix("vq")),
         )
 
@@ -91,6 +125,8 @@ class VQHiTOutput(NamedTuple):
 class VQHiT(Pretrained):
     """An image tokenizer: VQGAN encoder, codebook, HiT decoder (paper section 4.3 and appendix A.5).
 
+    VQGAN's own convolutional decoder may take HiT's place, as the baseline to compare with.
+
     `encode` and `decode` are for use and take no gradient; call `eval()` first on a model that was not loaded, since
     HiT's batch normalisation differs in training mode. Calling the model is the training pass.
     """
@@ -104,10 +140,15 @@ class VQHiT(Pretrained):
         self.encoder = Encoder(config.encoder, config.image_size)
         self.quant_conv = nn.Conv2d(config.encoder.z_channels, config.quantizer.dim, kernel_size=1)
         self.quantizer = build_quantizer(config.quantizer)
-        self.stem = CodeStem(
-            config.stem, config.token_grid[0], config.quantizer.dim, config.decoder.widths, config.quantizer.code_std
-        )
-        self.backbone = HiTBackbone(config.decoder)
+        dim = config.quantizer.dim
+        if isinstance(config.decoder, ConvDecoderConfig):
+            self.post_quant_conv = nn.Conv2d(dim, config.decoder.z_channels, kernel_size=1)
+            self.decoder = ConvDecoder(config.decoder)
+        else:
+            assert config.stem is not None
+            code_std = config.quantizer.code_std
+            self.stem = CodeStem(config.stem, config.token_grid[0], dim, config.decoder.widths, code_std)
+            self.backbone = HiTBackbone(config.decoder)
 
     @property
     def codebook_size(self) -> int:
@@ -118,6 +159,18 @@ class VQHiT(Pretrained):
     def token_grid(self) -> tuple[int, int]:
         """Height and width of the native grid of tokens."""
         return self.config.token_grid
+
+    @property
+    def decoder_parts(self) -> "tuple[CodeStem, HiTBackbone] | tuple[nn.Conv2d, ConvDecoder]":
+        """What codebook vectors pass through: stem and HiT backbone, or VQGAN's `post_quant_conv` and decoder."""
+        if isinstance(self.config.decoder, ConvDecoderConfig):
+            return self.post_quant_conv, self.decoder
+        return self.stem, self.backbone
+
+    @property
+    def last_layer(self) -> nn.Linear | nn.Conv2d:
+        """The layer to RGB, against whose weight VQGAN's adaptive loss weight is taken."""
+        return self.decoder_parts[1].last_layer
 
     @property
     def num_tokens(self) -> int:
@@ -177,7 +230,9 @@ class VQHiT(Pretrained):
     def decode_latents(self, quantized: Tensor) -> Tensor:
         """Codebook vectors (B, C, h, w) to image (B, 3, H, W): differentiable, unclamped."""
         self._check_latents(quantized)
-        return self.backbone(*self.stem(quantized))
+        first, second = self.decoder_parts
+        entering = first(quantized)
+        return second(*entering) if isinstance(entering, tuple) else second(entering)
 
     def preprocess(self, photos: "Image.Image | Path | str | Iterable[Image.Image | Path | str]") -> Tensor:
         """Photographs, as PIL images or paths, to (B, 3, H, W) in [-1, 1] on the model's device: ADM center crop.

@@ -145,7 +145,7 @@ class TokenizerObjective:
         (at_reconstruction,) = torch.autograd.grad(term, reconstruction, retain_graph=True)
         weight = term.new_tensor(self.config.adversarial_weight(step))
         if self.config.adaptive:
-            last = self.model.backbone.last_layer.weight
+            last = self.model.last_layer.weight
             of_image_terms, of_adversarial = (
                 distributed.mean(torch.autograd.grad(output, last, at_output.to(output.dtype), retain_graph=True)[0])
                 for at_output in (gradient, at_reconstruction)

@@ -7,6 +7,7 @@ come from torchvision's cache or download, or from a file; nothing is unpickled 
 
 import pickle
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -131,6 +132,25 @@ class FeatureDistance(nn.Module):
                 found.append(x.to(torch.promote_types(x.dtype, torch.float32)))
         return found
 
+    def pooled_dim(self, size: int) -> int:
+        """Length D of what `pooled` gives for images of `size` px; raises `ValueError` if they do not pass through."""
+        device, dims = self.mean.device, []
+        for side in (size, 2 * size):
+            try:
+                dims.append(self.pooled(torch.full((1, 3, side, side), -1.0, device=device)).shape[1])
+            except (RuntimeError, IndexError) as error:
+                reason = str(error).splitlines()[0]
+                raise ValueError(
+                    f"features of {self.config.network}: images of {side} px do not pass through ({reason})"
+                ) from None
+        if dims[0] != dims[1] or dims[0] == 1:
+            raise ValueError(f"features of {self.config.network}: not (B, C, h, w), so that they cannot be pooled")
+        return dims[0]
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """Means of the activations over positions, all layers in a row: (B, 3, H, W) in [-1, 1] -> (B, D)."""
+        return torch.cat([found.mean((2, 3)) for found in self.activations(images)], dim=1)
+
     def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
         with torch.no_grad():
             targets = self.activations(images)
@@ -184,7 +204,8 @@ def _torchvision_features(network: str) -> nn.Sequential:
 
     if network not in (known := models.list_models(module=models)):
         raise ValueError(f"network {network!r}: torchvision has none of this name; it has {', '.join(known)}")
-    with torch.device("meta"):  # no weights yet, and none of the classifier's ever
+    features = None
+    with torch.device("meta"), suppress(NotImplementedError):  # no weights yet, and none of the classifier's ever
         features = getattr(models.get_model(network, weights=None), "features", None)
     if not isinstance(features, nn.Sequential):
         raise ValueError(f"network {network!r} has no `features`; vgg16, squeezenet1_1 or efficientnet_b0 have")

@@ -8,7 +8,7 @@ from vqhit.config import Config, ConfigError, Count, Flag, NonNegativeInt, Posit
 from vqhit.data import DataConfig
 from vqhit.discriminator import STDDEV_GROUP, DiscriminatorConfig
 from vqhit.ema import EMAConfig
-from vqhit.evaluate import EvalConfig
+from vqhit.evaluate import SSIM_WINDOW, EvalConfig
 from vqhit.logs import LogConfig
 from vqhit.models import VQHiTConfig
 from vqhit.objective import LossConfig
@@ -96,6 +96,10 @@ class RunConfig(Config):
             raise ValueError(
                 f"train.restart_codes_after moves codes of quantizer kind vq; this is {self.model.quantizer.kind}"
             )
+        if self.eval is not None and self.model.image_size < SSIM_WINDOW:
+            raise ValueError(
+                f"eval: SSIM needs images of at least {SSIM_WINDOW} px; the model's are {self.model.image_size} px"
+            )
         self.images_at_a_time(processes=1)
         return self
 
@@ -107,7 +111,7 @@ class RunConfig(Config):
         share = batch // processes
         micro = min(self.train.micro_batch_size or share, share)
         sizes = {micro, share % micro} - {0}
-        if 1 in sizes and self.model.stem.latent_grid == 1:
+        if 1 in sizes and self.model.stem is not None and self.model.stem.latent_grid == 1:
             raise ConfigError(
                 "model.stem.latent_grid 1: batch norm needs more than one token; no (micro-)batch may be one image"
             )

@@ -23,7 +23,7 @@ from vqhit.feed import Feed
 from vqhit.folder import DataError
 from vqhit.hub import select_device
 from vqhit.images import from_uint8
-from vqhit.layers import reestimate_batch_norm
+from vqhit.layers import BatchNorm, reestimate_batch_norm
 from vqhit.objective import TokenizerObjective
 from vqhit.perceptual import check_image_size, perceptual_network
 from vqhit.progress import ProgressBar, say
@@ -56,8 +56,8 @@ class Trainer:
         self.state = TrainingState(config, self.device)
         if train.compile:  # after the average's copy, which is not compiled
             self.state.model.encoder.compile()
-            self.state.model.stem.compile()
-            self.state.model.backbone.compile()
+            for part in self.state.model.decoder_parts:
+                part.compile()
             if perceptual is not None:
                 perceptual.compile()
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=train.precision == "bfloat16")
@@ -260,7 +260,8 @@ class Trainer:
         """Statistics of the weights as they are, over the first micro-batches of the run's order."""
         if self._settled_at == self.state.step:
             return
-        if count := self.config.train.batch_norm_batches:
+        count = self.config.train.batch_norm_batches
+        if count and any(isinstance(module, BatchNorm) for module in self.state.model.modules()):
             batches = self.feed.first_batches(count, self.micro_batch_size)
             images = (from_uint8(batch.images.to(self.device)) for batch in batches)
             with torch.compiler.set_stance("force_eager"):  # not worth code of its own

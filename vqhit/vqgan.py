@@ -1,9 +1,13 @@
-"""The VQGAN encoder (Esser et al., CVPR 2021): taming-transformers' modules, run lean.
+"""The VQGAN encoder and convolutional decoder (Esser et al., CVPR 2021): taming-transformers' modules, run lean.
 
-taming's own `forward` keeps every intermediate feature map alive and writes attention out by hand. The same layers run
-here without that list, in place where nothing else reads the map, and with fused attention: the same state-dict keys
-and the same numbers in less memory.
+taming's own encoder keeps every intermediate feature map alive, and both write attention out by hand. The same layers
+run here without that, in place where nothing else reads the map, and with fused attention: the same state-dict keys and
+the same numbers in less memory.
 """
+
+from contextlib import redirect_stdout
+from io import StringIO
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -11,22 +15,24 @@ from pydantic import model_validator
 from taming.modules.diffusionmodules import model as taming
 from torch import Tensor, nn
 
-from vqhit.config import Config, Count
+from vqhit.config import Config, ConfigError, Count
 
 _GROUPS = 32
+_MAX_RESOLUTION = 4096  # as HiT's
 
 
-class EncoderConfig(Config):
-    """The sizes of a VQGAN encoder; the defaults are the f16 encoder of VQGAN, which VQ-HiT keeps (appendix A.5)."""
+class _Convolutions(Config):
+    """The sizes that encoder and decoder share; the defaults are those of VQGAN f16."""
 
     channels: Count = 128
     channel_multipliers: tuple[Count, ...] = (1, 1, 2, 2, 4)
+    """Of each level, from the image's resolution downwards; each level has half the height and width of the last."""
     num_res_blocks: Count = 2
     attention_resolutions: tuple[Count, ...] = (16,)
     z_channels: Count = 256
 
     @model_validator(mode="after")
-    def _check(self) -> "EncoderConfig":
+    def _check_sizes(self) -> Self:
         if self.channels % _GROUPS:
             raise ValueError(f"channels {self.channels}: group normalisation needs a multiple of {_GROUPS}")
         if not self.channel_multipliers:
@@ -38,22 +44,56 @@ class EncoderConfig(Config):
         """Image pixels per latent, along each axis: f."""
         return 1 << (len(self.channel_multipliers) - 1)
 
+    def check_attention(self, resolution: int) -> None:
+        """Raise `ConfigError` if there is no map of a size in `attention_resolutions` for images of `resolution` px."""
+        levels = [resolution >> level for level in range(len(self.channel_multipliers))]
+        if unknown := set(self.attention_resolutions) - set(levels):
+            text = f"found {sorted(unknown)}; the maps are {', '.join(map(str, levels))} px"
+            raise ConfigError([(("attention_resolutions",), text)])
+
+
+class EncoderConfig(_Convolutions):
+    """The sizes of a VQGAN encoder; the defaults are the f16 encoder of VQGAN, which VQ-HiT keeps (appendix A.5)."""
+
+
+class ConvDecoderConfig(_Convolutions):
+    """The sizes of VQGAN's decoder, the baseline of the paper's Table 2; the defaults are those of VQGAN f16.
+
+    It has one residual block per level more than `num_res_blocks`, as taming's.
+    """
+
+    kind: Literal["conv"] = "conv"
+    resolution: Count = 256
+    """Height and width of the image in pixels."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.resolution > _MAX_RESOLUTION:
+            raise ValueError(f"resolution {self.resolution}; allowed: up to {_MAX_RESOLUTION}")
+        if self.resolution % self.downsampling:
+            raise ValueError(f"resolution {self.resolution}: not a multiple of {self.downsampling}, its upsampling")
+        self.check_attention(self.resolution)
+        return self
+
+
+def _taming_arguments(config: _Convolutions, resolution: int) -> dict[str, object]:
+    return {
+        "ch": config.channels,
+        "out_ch": 3,
+        "ch_mult": config.channel_multipliers,
+        "num_res_blocks": config.num_res_blocks,
+        "attn_resolutions": config.attention_resolutions,
+        "in_channels": 3,
+        "resolution": resolution,
+        "z_channels": config.z_channels,
+    }
+
 
 class Encoder(taming.Encoder):
     """Image to latents: (B, 3, H, W) -> (B, z_channels, H/f, W/f)."""
 
     def __init__(self, config: EncoderConfig, resolution: int) -> None:
-        super().__init__(
-            ch=config.channels,
-            out_ch=3,
-            ch_mult=config.channel_multipliers,
-            num_res_blocks=config.num_res_blocks,
-            attn_resolutions=config.attention_resolutions,
-            in_channels=3,
-            resolution=resolution,
-            z_channels=config.z_channels,
-            double_z=False,
-        )
+        super().__init__(**_taming_arguments(config, resolution), double_z=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and not torch.is_grad_enabled() and len(x) > 1:
@@ -61,16 +101,45 @@ class Encoder(taming.Encoder):
             return torch.cat([self.forward(image) for image in x.split(1)])
         x = self.conv_in(x)
         for level in self.down:
-            for index, res_block in enumerate(level.block):
-                x = _res_block(res_block, x)
-                if level.attn:
-                    x = _attention(level.attn[index], x)
+            x = _level(level, x)
             if hasattr(level, "downsample"):
                 x = level.downsample(x)
-        x = _res_block(self.mid.block_1, x)
-        x = _attention(self.mid.attn_1, x)
-        x = _res_block(self.mid.block_2, x)
+        return self.conv_out(_norm_swish(self.norm_out, _middle(self.mid, x)))
+
+
+class ConvDecoder(taming.Decoder):
+    """Latents to image: (B, z_channels, H/f, W/f) -> (B, 3, H, W), unclamped."""
+
+    def __init__(self, config: ConvDecoderConfig) -> None:
+        with redirect_stdout(StringIO()):  # taming prints the shape of its latents
+            super().__init__(**_taming_arguments(config, config.resolution))
+
+    @property
+    def last_layer(self) -> nn.Conv2d:
+        """The layer to RGB, against whose weight VQGAN's adaptive loss weight is taken."""
+        return self.conv_out
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = _middle(self.mid, self.conv_in(z))
+        for level in reversed(self.up):
+            x = _level(level, x)
+            if hasattr(level, "upsample"):
+                x = level.upsample(x)
         return self.conv_out(_norm_swish(self.norm_out, x))
+
+
+def _level(level: Any, x: Tensor) -> Tensor:
+    for index, res_block in enumerate(level.block):
+        x = _res_block(res_block, x)
+        if level.attn:
+            x = _attention(level.attn[index], x)
+    return x
+
+
+def _middle(middle: Any, x: Tensor) -> Tensor:
+    x = _res_block(middle.block_1, x)
+    x = _attention(middle.attn_1, x)
+    return _res_block(middle.block_2, x)
 
 
 def _norm_swish(norm: nn.Module, x: Tensor) -> Tensor:
