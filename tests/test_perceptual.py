@@ -269,6 +269,7 @@ def test_a_file_that_is_no_weights_is_named_and_nothing_in_it_runs(tmp_path, cap
     [
         ({"network": "squeezenet9"}, "network 'squeezenet9': torchvision has none of this name; it has alexnet"),
         ({"network": "resnet18"}, "network 'resnet18' has no `features`"),
+        ({"network": "regnet_x_400mf"}, "network 'regnet_x_400mf' has no `features`"),
         ({"layers": [40]}, "layer 40: the features of squeezenet1_1 are layers 0 to 12"),
     ],
 )

@@ -205,7 +205,9 @@ def _torchvision_features(network: str) -> nn.Sequential:
     if network not in (known := models.list_models(module=models)):
         raise ValueError(f"network {network!r}: torchvision has none of this name; it has {', '.join(known)}")
     features = None
-    with torch.device("meta"), suppress(NotImplementedError):  # no weights yet, and none of the classifier's ever
+    # On meta there are no weights yet, and none of the classifier's ever. Networks that cannot be built there, RegNets,
+    # read their weights while they are made; they have no `features` either.
+    with torch.device("meta"), suppress(NotImplementedError):
         features = getattr(models.get_model(network, weights=None), "features", None)
     if not isinstance(features, nn.Sequential):
         raise ValueError(f"network {network!r} has no `features`; vgg16, squeezenet1_1 or efficientnet_b0 have")
