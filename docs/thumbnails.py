@@ -9,7 +9,7 @@ import torch
 
 from vqhit.data import CenterCrops
 from vqhit.demo import baselines
-from vqhit.evaluate import psnr, ssim
+from vqhit.metrics import psnr, ssim
 from vqhit.sources import SourceConfig, evenly_spaced, open_source
 
 IMAGES, SIZE = 2000, 64

@@ -7,8 +7,12 @@ import sys
 import time
 
 import numpy as np
+import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torchvision import models
+
+from vqhit.models import VQHiTConfig
 
 CLOCKED = {"images_per_s", "memory_mib"}
 """Numbers that no two runs share."""
@@ -24,7 +28,10 @@ def write_photos(folder, count=10):
 
 
 def write_recipe(folder, model, **train):
-    """photos/ and run.json: all terms and averages, micro-batches, lazy R1, restarts, a bad image; 24 steps."""
+    """photos/ and run.json: all terms and averages, micro-batches, lazy R1, restarts, a bad image; 24 steps.
+
+    Of a tokenizer; for a generator, all that it has of these.
+    """
     write_photos(folder / "photos")
     (folder / "photos" / "page.jpg").write_text("<html>not found</html>")
     config = {
@@ -49,6 +56,16 @@ def write_recipe(folder, model, **train):
             **train,
         },
     }
+    if not isinstance(model, VQHiTConfig):
+        config["loss"] = {"r1_every": 2, "consistency": 1.0}
+        del config["train"]["restart_codes_after"]
+        torch.manual_seed(0)
+        weights = models.squeezenet1_1(weights=None).features[:2].state_dict(prefix="features.")
+        save_file(weights, folder / "features.safetensors")
+        config["eval"] |= {
+            "features": {"network": "squeezenet1_1", "layers": [1]},
+            "feature_weights": "features.safetensors",
+        }
     (folder / "run.json").write_text(json.dumps(config))
 
 

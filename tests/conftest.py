@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from vqhit.hit import HiTConfig, StemConfig
-from vqhit.models import VQHiT, VQHiTConfig
+from vqhit.models import HiTGeneratorConfig, VQHiT, VQHiTConfig
 from vqhit.quantizer import QuantizerConfig
 from vqhit.vqgan import ConvDecoderConfig, EncoderConfig
 
@@ -40,6 +40,14 @@ def conv_config(tiny_config):
         z_channels=16,
     )
     return VQHiTConfig(encoder=tiny_config.encoder, quantizer=tiny_config.quantizer, decoder=decoder)
+
+
+@pytest.fixture(scope="session")
+def tiny_generator_config():
+    """16 px, noise of four numbers."""
+    return HiTGeneratorConfig(
+        latent_dim=4, backbone=HiTConfig(widths=(32, 16), depths=(1, 1), heads=(4, 2), block_sizes=(4,))
+    )
 
 
 @pytest.fixture

@@ -34,9 +34,9 @@ def golden(name: str) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def generator_variables(config_name: str) -> dict[str, np.ndarray]:
+def generator_variables(config_name: str, attention: str = "multi_query", norm: str = "batch") -> dict[str, np.ndarray]:
     """Every variable of an official generator, valued by the rule."""
     return {
         name: rule.value(name, shape, kind, rule.g_gain(name))
-        for name, shape, kind in rule.generator_specs(config_name)
+        for name, shape, kind in rule.generator_specs(config_name, attention, norm)
     }

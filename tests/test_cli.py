@@ -3,15 +3,19 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torchvision import models
 
-from vqhit import VQHiT
+from vqhit import HiTGenerator, VQHiT
+from vqhit.cli import main
 from vqhit.files import sha256
+from vqhit.images import to_uint8, uint8_to_pil
 from vqhit.recipe import RunConfig
 
 
@@ -19,6 +23,22 @@ def vqhit(*arguments, cwd=None):
     return subprocess.run(
         [sys.executable, "-m", "vqhit", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, check=False
     )
+
+
+@pytest.fixture
+def inside(capsys, monkeypatch):
+    """`vqhit` in this process, where torch is loaded already."""
+
+    def run(*arguments, cwd):
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["vqhit", *map(str, arguments)])
+        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return subprocess.CompletedProcess(arguments, ended.value.code, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture
@@ -36,7 +56,7 @@ def fails(result, *parts):
         assert part in line
 
 
-@pytest.mark.parametrize("command", ["demo", "prepare", "train", "eval", "reconstruct"])
+@pytest.mark.parametrize("command", ["demo", "prepare", "train", "eval", "sample", "bench", "reconstruct"])
 def test_every_command_has_help_with_an_example(command):
     result = vqhit(command, "--help")
     assert result.returncode == 0
@@ -118,33 +138,103 @@ def test_paths_may_look_like_markup(model_folder, photo_folder, tmp_path):
     assert "ph [bold] x" in result.stdout
 
 
-def test_user_mistakes_are_one_line_each(model_folder, photo_folder, tmp_path):
-    fails(vqhit("eval", "--model", "nowhere", "--data", photo_folder, cwd=tmp_path), "nowhere: no such folder")
-    fails(vqhit("eval", "--model", model_folder, "--data", "empty", cwd=tmp_path), "empty: no such folder, and no id")
-    fails(vqhit("eval", "--model", model_folder, "--data", photo_folder, "--out", tmp_path), "--out is the JSON file")
-    fails(vqhit("train", "absent.yaml", cwd=tmp_path), "absent.yaml: no such file")
+def test_user_mistakes_are_one_line_each(inside, model_folder, photo_folder, tmp_path):
+    fails(inside("eval", "--model", "nowhere", "--data", photo_folder, cwd=tmp_path), "nowhere: no such folder")
+    fails(inside("eval", "--model", model_folder, "--data", "empty", cwd=tmp_path), "empty: no such folder, and no id")
+    fails(
+        inside("eval", "--model", model_folder, "--data", photo_folder, "--out", tmp_path, cwd=tmp_path),
+        "--out is the JSON file",
+    )
+    fails(inside("train", "absent.yaml", cwd=tmp_path), "absent.yaml: no such file")
     demo = Path(__file__).parent.parent / "configs" / "demo.yaml"
-    fails(vqhit("train", demo, "train.stepz=1", cwd=tmp_path), "train.stepz: unknown key; did you mean 'steps'?")
-    fails(vqhit("train", demo, "data.path=nowhere", cwd=tmp_path), "nowhere: no such folder, and no id")
-    fails(vqhit("demo", "train.steps=5", cwd=tmp_path), "'train.steps=5' changes a training run; add --train")
-    fails(vqhit("demo", "--out", model_folder / "config.json", cwd=tmp_path), "config.json: a file; --out is a folder")
+    fails(inside("train", demo, "train.stepz=1", cwd=tmp_path), "train.stepz: unknown key; did you mean 'steps'?")
+    fails(inside("train", demo, "data.path=nowhere", cwd=tmp_path), "nowhere: no such folder, and no id")
+    fails(inside("demo", "train.steps=5", cwd=tmp_path), "'train.steps=5' changes a training run; add --train")
+    fails(inside("demo", "--out", model_folder / "config.json", cwd=tmp_path), "config.json: a file; --out is a folder")
     lone = ("eval", "--model", model_folder, "--data", photo_folder, "--features", "features.yaml")
-    fails(vqhit(*lone, cwd=tmp_path), "--feature-weights is missing: a Fréchet distance needs both")
+    fails(inside(*lone, cwd=tmp_path), "--feature-weights is missing: a Fréchet distance needs both")
     assert not (tmp_path / "demo").exists()
     assert not (tmp_path / "eval.json").exists()
 
 
-def test_evaluation_with_a_frechet_distance_names_model_and_network(model_folder, photo_folder, tmp_path):
+def test_evaluation_with_a_frechet_distance_names_model_and_network(inside, model_folder, photo_folder, tmp_path):
     save_file(models.squeezenet1_1(weights=None).features.state_dict(prefix="features."), tmp_path / "w.safetensors")
     (tmp_path / "features.yaml").write_text("network: squeezenet1_1\nlayers: [4]\n")
     given = ("--features", "features.yaml", "--feature-weights", "w.safetensors")
-    result = vqhit("eval", "--model", model_folder, "--data", photo_folder, *given, cwd=tmp_path)
+    result = inside("eval", "--model", model_folder, "--data", photo_folder, *given, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "Fréchet" in result.stdout
     results = json.loads((tmp_path / "eval.json").read_text())
     assert results["frechet_distance"] > 0
     assert results["model_sha256"] == sha256(model_folder / "model.safetensors")
     assert results["protocol"]["frechet_distance"]["layers"] == [4]
+
+
+@pytest.fixture
+def generator_folder(tiny_generator_config, tmp_path):
+    torch.manual_seed(0)
+    HiTGenerator(tiny_generator_config).save_pretrained(tmp_path / "generator")
+    return tmp_path / "generator"
+
+
+def test_samples_are_files_that_depend_on_seed_and_number(inside, generator_folder, tmp_path):
+    given = ("sample", "--model", generator_folder, "--seed", "5")
+    assert inside(*given, "--n", "10", "--out", "ten", "--grid", cwd=tmp_path).returncode == 0
+    assert inside(*given, "--n", "3", "--out", "three", cwd=tmp_path).returncode == 0
+    names = [f"{number:06d}.png" for number in range(10)]
+    assert sorted(path.name for path in (tmp_path / "ten").iterdir()) == [*names, "grid.png"]
+    assert Image.open(tmp_path / "ten" / "grid.png").size == (4 + 8 * 20, 4 + 2 * 20)
+    for name in names[:3]:
+        assert (tmp_path / "three" / name).read_bytes() == (tmp_path / "ten" / name).read_bytes()
+    generator = HiTGenerator.from_pretrained(generator_folder)
+    first = uint8_to_pil(to_uint8(generator.sample(2, seed=5))[1])
+    assert Image.open(tmp_path / "ten" / "000001.png").tobytes() == first.tobytes()
+
+
+def test_interpolations_are_strips_between_two_samples(inside, generator_folder, tmp_path):
+    given = ("sample", "--model", generator_folder, "--seed", "5")
+    strips = inside(*given, "--n", "2", "--out", "strips", "--interpolate", "--grid", cwd=tmp_path)
+    assert strips.returncode == 0, strips.stderr
+    assert inside(*given, "--n", "4", "--out", "single", cwd=tmp_path).returncode == 0
+    for strip in range(2):
+        picture = Image.open(tmp_path / "strips" / f"{strip:06d}.png")
+        assert picture.size == (8 * 16, 16)
+        for column, sample in ((0, 2 * strip), (7, 2 * strip + 1)):
+            alone = Image.open(tmp_path / "single" / f"{sample:06d}.png")
+            assert picture.crop((16 * column, 0, 16 * column + 16, 16)).tobytes() == alone.tobytes()
+    assert Image.open(tmp_path / "strips" / "grid.png").size == (4 + 8 * 20, 4 + 2 * 20)
+
+
+def test_a_generator_is_measured_by_the_distance_of_its_samples(inside, generator_folder, photo_folder, tmp_path):
+    save_file(models.squeezenet1_1(weights=None).features.state_dict(prefix="features."), tmp_path / "w.safetensors")
+    (tmp_path / "features.yaml").write_text("network: squeezenet1_1\nlayers: [1]\n")
+    given = ("eval", "--model", generator_folder, "--data", photo_folder)
+    network = ("--features", "features.yaml", "--feature-weights", "w.safetensors")
+    result = inside(*given, *network, "--samples", "7", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / "eval.json").read_text())
+    assert (results["images"], results["samples"]) == (6, 7)
+    assert results["protocol"]["seed"] == 0
+    fails(inside(*given, cwd=tmp_path), "a generator; measuring it needs --features and --feature-weights")
+
+
+def test_mistakes_with_generators_are_one_line_each(inside, model_folder, generator_folder, photo_folder, tmp_path):
+    sample = ("sample", "--model")
+    fails(inside(*sample, model_folder, "--out", "new", cwd=tmp_path), "a VQHiT, not a generator")
+    fails(
+        inside(*sample, generator_folder, "--out", photo_folder, cwd=tmp_path),
+        "not empty; --out is a new or empty folder",
+    )
+    fails(
+        inside(*sample, generator_folder, "--out", generator_folder / "config.json", cwd=tmp_path),
+        "a file; --out is a new or",
+    )
+    reconstruct = ("reconstruct", next(photo_folder.glob("*.jpg")), "--out", "new", "--model", generator_folder)
+    fails(inside(*reconstruct, cwd=tmp_path), "HiTGenerator")
+    tokenizer = ("eval", "--model", model_folder, "--data", photo_folder, "--samples", "5")
+    fails(inside(*tokenizer, cwd=tmp_path), "a tokenizer; --samples and --seed are of a generator")
+    fails(inside("bench", "decoders", cwd=tmp_path), "found 'decoders'; allowed: generators")
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_demo_and_the_one_that_trains_write_beside_each_other(tmp_path):
@@ -156,11 +246,11 @@ def test_the_demo_and_the_one_that_trains_write_beside_each_other(tmp_path):
     assert [results["model"] for results in found] == ["vqhit-tiny-64", "demo/trained/model"]
 
 
-def test_only_a_bare_name_is_that_of_a_packaged_model(photo_folder, tmp_path):
+def test_only_a_bare_name_is_that_of_a_packaged_model(inside, photo_folder, tmp_path):
     photo = next(photo_folder.glob("*.jpg"))
     given = ("reconstruct", photo, "--out", "pictures", "--model")
-    assert vqhit(*given, "vqhit-tiny-64", cwd=tmp_path).returncode == 0
-    fails(vqhit(*given, "./vqhit-tiny-64", cwd=tmp_path), "vqhit-tiny-64: no such folder")
+    assert inside(*given, "vqhit-tiny-64", cwd=tmp_path).returncode == 0
+    fails(inside(*given, "./vqhit-tiny-64", cwd=tmp_path), "vqhit-tiny-64: no such folder")
 
 
 def test_the_imagenet_config_takes_a_step_of_the_whole_recipe(photo_folder, tmp_path):

@@ -8,11 +8,14 @@ import torch
 from torchvision import models
 
 from vqhit.config import ConfigError
-from vqhit.models import VQHiT, VQHiTConfig
+from vqhit.convnet import ConvNetGeneratorConfig
+from vqhit.discriminator import DiscriminatorConfig
+from vqhit.models import HiTGenerator, HiTGeneratorConfig, VQHiT, VQHiTConfig
 from vqhit.perceptual import FeaturesConfig
 from vqhit.recipe import RunConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+RUNS = sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("ablations/*.yaml")])
 
 
 def load(tmp_path, text, *overrides):
@@ -26,7 +29,7 @@ def demo_text():
     return (CONFIGS / "demo.yaml").read_text()
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_every_config_file_loads_and_survives_a_round_trip(path, tmp_path):
     config = RunConfig.from_yaml(path)
     assert load(tmp_path, config.to_yaml()) == config
@@ -47,6 +50,11 @@ def test_the_baselines_differ_in_nothing_but_the_decoder(data):
 def test_the_packaged_tokenizer_is_that_of_its_configuration():
     packaged = VQHiT.from_pretrained("vqhit-tiny-64")
     assert packaged.config == RunConfig.from_yaml(CONFIGS / "vqhit_tinyimagenet64.yaml").model
+
+
+def test_the_packaged_generator_is_that_of_its_configuration():
+    packaged = HiTGenerator.from_pretrained("hit-tiny-64")
+    assert packaged.config == RunConfig.from_yaml(CONFIGS / "hitgan_tinyimagenet64.yaml").model
 
 
 def test_the_small_decoders_have_as_many_parameters():
@@ -79,6 +87,98 @@ def test_imagenet_config_is_the_papers_recipe():
     assert config.discriminator.pool == "blur"
     assert not config.discriminator.equalized_lr
     assert not config.discriminator.minibatch_stddev
+
+
+def flat(values, prefix=""):
+    found = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def differences(first, second):
+    """Keys in which two runs differ, but for their folders."""
+    first, second = (flat({**config.to_dict(), "run_dir": ""}) for config in (first, second))
+    return {key for key in first.keys() | second.keys() if first.get(key) != second.get(key)}
+
+
+GAN_RECIPES = {  # preset, learning rate, bCR, steps, batch size, of D: resolution and multiplier
+    "hitgan_imagenet128": ("hit-b-128", 1e-4, 0, 1_000_000, 256, (128, 1)),
+    "hitgan_celebahq256": ("hit-b-256", 5e-5, 10, 500_000, 256, (256, 2)),
+    "hitgan_ffhq256": ("hit-b-256", 5e-5, 10, 500_000, 256, (256, 2)),
+    "hitgan_celebahq1024": ("hit-b-1024", 1e-4, 0, 500_000, 32, (1024, 2)),
+    "hitgan_ffhq1024": ("hit-b-1024", 1e-4, 0, 500_000, 32, (1024, 2)),
+}
+
+
+@pytest.mark.parametrize("name", GAN_RECIPES)
+def test_gan_configs_are_the_papers_recipes(name):
+    preset, learning_rate, consistency, steps, batch_size, discriminator = GAN_RECIPES[name]
+    config = RunConfig.from_yaml(CONFIGS / f"{name}.yaml")
+    assert config.model == HiTGeneratorConfig.preset(preset)
+    for optimizer in (config.optimizer, config.discriminator_optimizer):
+        assert (optimizer.learning_rate, optimizer.beta1, optimizer.beta2) == (learning_rate, 0.0, 0.99)
+        assert (optimizer.schedule, optimizer.warmup_steps) == ("constant", 0)
+    assert (config.train.steps, config.train.batch_size) == (steps, batch_size)
+    loss = config.loss
+    assert (loss.gan, loss.r1, loss.r1_every, loss.consistency) == ("non_saturating", 10, 1, consistency)
+    assert (config.discriminator.resolution, config.discriminator.channel_multiplier) == discriminator
+    assert differences(config, config.model_copy(update={"discriminator": DiscriminatorConfig()})) <= {
+        "discriminator.resolution",
+        "discriminator.channel_multiplier",
+    }
+    assert (config.ema.decay, config.ema.start_step, config.ema.warmup) == (0.999, 10, False)
+    crop = 0.875 if "imagenet" in name else 1.0
+    assert (config.data.flip, config.data.crop_proportion) == (True, (crop, crop))
+
+
+def test_the_convolutional_baseline_differs_in_nothing_but_the_model():
+    ours, theirs = (RunConfig.from_yaml(CONFIGS / f"{name}_imagenet128.yaml") for name in ("hitgan", "convnet"))
+    assert all(key.startswith("model.") for key in differences(ours, theirs))
+    assert theirs.model == ConvNetGeneratorConfig()
+
+
+ABLATIONS = {
+    "table5_inr": {"block_sizes", "cross_attention"},
+    "table5_cross_attention": {"block_sizes"},
+    "table5_all_to_all": {"attention", "block_sizes"},
+    "table5_axial": {"attention", "block_sizes"},
+    "table5_blocked": {"attention"},
+    "table5_interleaved": {"attention"},
+    "table5_multi_axis": {"block_sizes"},
+    "table6_1_stage": {"block_sizes"},
+    "table6_2_stages": {"block_sizes"},
+    "table6_3_stages": {"block_sizes"},
+    "table8_layer_norm": {"norm"},
+    "table8_multi_head": {"multi_query"},
+    "table10_nested_transformer": {"attention", "cross_attention"},
+    "table10_multi_axis_only": {"cross_attention"},
+}
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_an_ablation_differs_from_the_full_model_in_what_it_is_named_for(name):
+    path = CONFIGS / "ablations" / f"{name}.yaml"
+    full = RunConfig.from_yaml(CONFIGS / "ablations" / "full_model.yaml")
+    found = differences(RunConfig.from_yaml(path), full)
+    assert found == {f"model.backbone.{key}" for key in ABLATIONS[name]}
+    comment = " ".join(path.read_text().replace("#", " ").partition("run_dir:")[0].split())
+    named = " and ".join(f"model.backbone.{key}" for key in sorted(ABLATIONS[name]))
+    assert f"It differs from full_model.yaml in {named} alone." in comment
+
+
+def test_table_7_is_with_and_without_bcr_for_each_size():
+    ablations = CONFIGS / "ablations"
+    for size in "sbl":
+        on, off = (RunConfig.from_yaml(ablations / f"table7_hit_{size}_{bcr}.yaml") for bcr in ("bcr", "no_bcr"))
+        rates = {"optimizer.learning_rate", "discriminator_optimizer.learning_rate"}
+        assert differences(on, off) == {"loss.consistency", *rates}
+        assert (on.loss.consistency, on.optimizer.learning_rate) == (10, 5e-5)
+        assert (off.loss.consistency, off.optimizer.learning_rate) == (0, 1e-4)
+        assert on.model == HiTGeneratorConfig.preset(f"hit-{size}-256")
+    base = RunConfig.from_yaml(ablations / "table7_hit_b_bcr.yaml")
+    assert not differences(base, RunConfig.from_yaml(CONFIGS / "hitgan_ffhq256.yaml"))
+    assert len(list(ablations.glob("*.yaml"))) == len(ABLATIONS) + 1 + 6
 
 
 def test_overrides_reach_nested_keys_and_are_typed_as_yaml(tmp_path, demo_text):

@@ -24,8 +24,8 @@ from vqhit.demo import (
     tiles,
     train_demo,
 )
-from vqhit.evaluate import psnr
 from vqhit.images import from_uint8, load_image, pil_to_uint8, to_uint8
+from vqhit.metrics import psnr
 from vqhit.train import Trainer
 
 

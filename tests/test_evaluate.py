@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torchvision import models
 
-from vqhit.evaluate import evaluate_tokenizer, psnr, ssim
+from vqhit.evaluate import evaluate_tokenizer
 from vqhit.files import sha256
 from vqhit.folder import list_images
 from vqhit.images import center_crop, from_uint8, load_image, pil_to_uint8, to_uint8
+from vqhit.metrics import psnr, ssim
 from vqhit.perceptual import FeaturesConfig
 
 

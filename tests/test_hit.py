@@ -1,23 +1,34 @@
 """HiT is the official HiT: numbers of the TensorFlow code, within the tolerances measured for a correct port."""
 
+import copy
 import re
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from tests.parity import TINY64, generator_variables, golden
 from vqhit.config import ConfigError
 from vqhit.convert import hit_gan_generator
 from vqhit.hit import HiTConfig
+from vqhit.layers import Linear
 from vqhit.models import HiTGenerator, HiTGeneratorConfig
 
 
 def official(config_name: str, config: HiTGeneratorConfig) -> HiTGenerator:
+    backbone = config.backbone
+    attention = "multi_query" if backbone.multi_query else "multi_head"
     with torch.device("meta"):
         model = HiTGenerator(config)
-    model.load_state_dict(hit_gan_generator(generator_variables(config_name)), strict=True, assign=True)
+    variables = generator_variables(config_name, attention, backbone.norm)
+    model.load_state_dict(hit_gan_generator(variables), strict=True, assign=True)
     return model.eval()
+
+
+def variant(config: HiTGeneratorConfig, **changes) -> HiTGeneratorConfig:
+    backbone = HiTConfig(**{**config.backbone.to_dict(), **changes})
+    return HiTGeneratorConfig(latent_dim=config.latent_dim, backbone=backbone)
 
 
 @pytest.fixture(scope="module")
@@ -34,27 +45,42 @@ def nhwc(images: torch.Tensor) -> np.ndarray:
     return images.detach().permute(0, 2, 3, 1).numpy()
 
 
-def test_tiny_generator_in_eval_mode(tiny, reference):
+def outputs_equal(model, reference, mode):
+    expected = reference[mode]  # of the first samples, whose batch statistics are those of all
     with torch.no_grad():
-        images = nhwc(tiny(torch.from_numpy(reference["z"])))
-    np.testing.assert_allclose(images, reference["eval"], rtol=0, atol=1e-4)
+        images = nhwc(model.train(mode == "train")(torch.from_numpy(reference["z"])))
+    np.testing.assert_allclose(images[: len(expected)], expected, rtol=0, atol=1e-4)
 
 
-def test_tiny_generator_in_train_mode_with_gradients_and_moving_statistics(tiny, reference):
-    images = tiny.train()(torch.from_numpy(reference["z"]))
-    np.testing.assert_allclose(nhwc(images), reference["train"], rtol=0, atol=1e-4)
+VARIANTS = {
+    "": {},
+    "_multi_head_sample": {"multi_query": False},
+    "_layer_sample": {"norm": "layer"},
+}
 
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_tiny_generators_with_gradients_and_moving_statistics(name):
+    """In eval and train mode, with batch or layer norm, multi-query or multi-head attention."""
+    reference = golden(f"generator_tiny64{name}.npz")
+    config = variant(TINY64, **VARIANTS[name])
+    model = official("tiny64", config)
+    outputs_equal(model, reference, "eval")
+
+    images = model.train()(torch.from_numpy(reference["z"]))
+    np.testing.assert_allclose(nhwc(images)[: len(reference["train"])], reference["train"], rtol=0, atol=1e-4)
     loss = images.square().mean()
     loss.backward()
     assert loss.item() == pytest.approx(float(reference["train_loss"]), rel=1e-5)
-    ours = {name: parameter.grad for name, parameter in tiny.named_parameters()}
+    ours = {name: parameter.grad for name, parameter in model.named_parameters()}
     full = {name.removeprefix("grad/"): array for name, array in reference.items() if name.startswith("grad/")}
     assert len(full) == 5
     for name, expected in hit_gan_generator(full).items():
         np.testing.assert_allclose(ours[name].numpy(), expected.numpy(), rtol=1e-4, atol=1e-6, err_msg=name)
 
     norms = dict(zip(reference["grad_names"].tolist(), reference["grad_l2"].tolist(), strict=True))
-    variables = generator_variables("tiny64")
+    attention = "multi_query" if config.backbone.multi_query else "multi_head"
+    variables = generator_variables("tiny64", attention, config.backbone.norm)
     assert len(norms) == len(ours) == 149
     for canonical, expected in norms.items():
         (name,) = hit_gan_generator({canonical: variables[canonical]})
@@ -64,14 +90,16 @@ def test_tiny_generator_in_train_mode_with_gradients_and_moving_statistics(tiny,
             np.testing.assert_allclose(ours[name].norm().item(), expected, rtol=1e-4, atol=1e-6, err_msg=name)
 
     after = {name.removeprefix("after/"): array for name, array in reference.items() if name.startswith("after/")}
-    state = tiny.state_dict()
+    state = model.state_dict()
     statistics = {k: v for k, v in hit_gan_generator(after).items() if not k.endswith("num_batches_tracked")}
-    assert len(statistics) == len(after) == 38
+    assert len(statistics) == len(after) == (38 if config.backbone.norm == "batch" else 0)
     for name, expected in statistics.items():
         np.testing.assert_allclose(state[name].numpy(), expected.numpy(), rtol=0, atol=1e-6, err_msg=name)
-    with torch.no_grad():
-        images = nhwc(tiny.eval()(torch.from_numpy(reference["z"])))
-    np.testing.assert_allclose(images, reference["eval_after"], rtol=0, atol=1e-4)
+
+
+def test_tiny_generator_in_eval_mode_with_new_statistics(tiny, reference):
+    tiny.train()(torch.from_numpy(reference["z"]))
+    outputs_equal(tiny, {"z": reference["z"], "eval": reference["eval_after"]}, "eval")
 
 
 def test_intermediate_maps_of_the_tiny_generator(tiny, reference):
@@ -127,8 +155,14 @@ def test_256_generator(mode):
             np.testing.assert_allclose(norm.running_var, reference[f"after/{name}.moving_variance"], rtol=0, atol=1e-6)
 
 
+def millions(config: HiTGeneratorConfig) -> float:
+    with torch.device("meta"):
+        model = HiTGenerator(config)
+    return round(sum(p.numel() for p in model.parameters()) / 1e6, 2)
+
+
 @pytest.mark.parametrize(
-    ("preset", "millions"),
+    ("preset", "expected"),
     [
         ("hit-s-256", 34.73),
         ("hit-b-256", 46.22),
@@ -138,10 +172,67 @@ def test_256_generator(mode):
         ("hit-l-128", 67.60),
     ],
 )
-def test_parameter_counts_of_the_presets(preset, millions):
-    with torch.device("meta"):
-        model = HiTGenerator(HiTGeneratorConfig.preset(preset))
-    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == millions
+def test_parameter_counts_of_the_presets(preset, expected):
+    assert millions(HiTGeneratorConfig.preset(preset)) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"cross_attention": False, "block_sizes": ()}, 42.68),
+        ({"block_sizes": ()}, 61.55),
+        ({"attention": "full", "block_sizes": (None,) * 4}, 67.60),
+        ({"attention": "axial", "block_sizes": (None,) * 4}, 67.60),
+        ({"attention": "blocked"}, 67.60),
+        ({"attention": "interleaved"}, 67.60),
+        ({"block_sizes": (8,) * 4}, 67.60),
+        ({"block_sizes": (4,)}, 66.01),
+        ({"block_sizes": (4, 4)}, 67.19),
+        ({"block_sizes": (4, 4, 8)}, 67.52),
+    ],
+)
+def test_parameter_counts_of_the_ablations(changes, expected):
+    """Tables 5 and 6."""
+    assert millions(variant(HiTGeneratorConfig.preset("hit-l-128"), **changes)) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "reached"),
+    [
+        ({"attention": "blocked"}, [16]),
+        ({"attention": "interleaved"}, [16, 64]),
+        ({"attention": "multi_axis"}, [16 + 4 - 1, 64]),
+        ({"attention": "axial", "block_sizes": (None, None)}, [8 + 8 - 1, 64]),
+        ({"attention": "full", "block_sizes": (None, None)}, [64]),
+    ],
+)
+def test_how_far_a_pixel_is_seen_after_each_block(changes, reached):
+    """Of 8x8 pixels in 2x2 blocks of 4x4: each kind of attention reaches as far as the paper says."""
+    torch.manual_seed(0)
+    config = variant(TINY64, **{"depths": (2, 2, 1, 1), **changes})
+    stage = HiTGenerator(config).eval().double().backbone.stages[0]
+    for module in stage.modules():
+        if isinstance(module, Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+    x = torch.randn(1, 8, 8, 32, dtype=torch.float64)
+    moved = x.clone()
+    moved[:, 3, 5] += 1
+    tokens = torch.zeros(1, 16, 32, dtype=torch.float64)
+    found = []
+    for depth in range(1, len(reached) + 1):
+        cut = copy.deepcopy(stage)
+        cut.blocks = cut.blocks[:depth]
+        with torch.no_grad():
+            difference = cut(moved, tokens, None)[0] - cut(x, tokens, None)[0]
+        found.append(int((difference.abs().amax(3) > 1e-12).sum()))
+    assert found == reached
+
+
+def test_without_cross_attention_nothing_of_it_is_left():
+    model = HiTGenerator(variant(TINY64, cross_attention=False, block_sizes=()))
+    assert not [name for name, _ in model.named_parameters() if "cross" in name or "token" in name]
+    assert model(torch.randn(2, 16)).shape == (2, 3, 64, 64)
+    assert all(stage.to_rgb is not None for stage in model.backbone.stages)
 
 
 def test_generator_state_dict_is_the_official_set_of_variables_for_every_official_size():
@@ -167,7 +258,18 @@ def test_conversion_refuses_an_unknown_variable():
         ({"depths": (2, 1)}, "depths has 2 entries and widths has 4"),
         ({"block_sizes": (4, 4, 4, 4)}, "block_sizes has 4 entries for 4 stages"),
         ({"block_sizes": (3,)}, "stage 0: a 8x8 map does not divide into blocks of 3"),
-        ({"heads": (1, 2, 2, 2)}, "stage 0: 1 heads; half are regional, half dilated"),
+        ({"heads": (1, 2, 2, 2)}, "stage 0: 1 heads; multi_axis attention shares them out among two axes: an even"),
+        ({"attention": "interleaved"}, "stage 1: depth 1; interleaved attention takes its two kinds in turn: an even"),
+        ({"attention": "axial"}, "stage 0: block size 4; axial attention has no blocks: null"),
+        ({"attention": "full", "block_sizes": (None, 4)}, "stage 1: block size 4; full attention has no blocks: null"),
+        ({"block_sizes": (4, None)}, "stage 1: block size null; multi_axis attention needs a number"),
+        ({"attention": "blocked", "block_sizes": ()}, "attention blocked: block_sizes is empty, so no stage has self-"),
+        (
+            {"multi_query": False, "block_sizes": (), "cross_attention": False},
+            "multi_query false: block_sizes is empty and cross_attention false, so there are no heads",
+        ),
+        ({"attention": "local"}, "attention: found 'local'; input should be 'multi_axis', 'blocked', 'axial', 'inter"),
+        ({"norm": "group"}, "norm: found 'group'; input should be 'batch' or 'layer'"),
         ({"heads": (4, 3, 2, 2)}, "stage 1: width 32 must be divisible by 4 and by its 3 heads"),
         ({"widths": (32, 32, 16, 0)}, "widths.3: found 0; input should be greater than or equal to 1"),
     ],

@@ -130,7 +130,10 @@ def test_tensors_that_do_not_fit_are_named(folder, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["config"].update(colour=1), "colour: unknown key; allowed: encoder, quantizer, stem, decoder"),
+        (
+            lambda c: c["config"].update(colour=1),
+            "colour: unknown key; allowed: kind, encoder, quantizer, stem, decoder",
+        ),
         (
             lambda c: c["config"]["stem"].update(latentgrid=4),
             "stem.latentgrid: unknown key; did you mean 'latent_grid'?",
@@ -143,7 +146,7 @@ def test_tensors_that_do_not_fit_are_named(folder, change, message):
         (lambda c: c.update(extra=1), "unknown key 'extra'"),
         (
             lambda c: c.update(model="HiTGenerator"),
-            "holds a HiTGenerator; load it with vqhit.HiTGenerator, not vqhit.VQHiT",
+            "holds a HiTGenerator, not a VQHiT",
         ),
         (lambda c: c.pop("config"), "not written by vqhit: it has no 'config' mapping"),
     ],

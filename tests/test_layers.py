@@ -12,8 +12,9 @@ from vqhit.layers import (
     BatchNorm,
     CrossAttention,
     Linear,
-    MultiAxisAttention,
+    SelfAttention,
     block,
+    build_norm,
     depth_to_space,
     space_to_depth,
 )
@@ -58,21 +59,49 @@ def test_pixel_shuffle_has_tensorflows_channel_order(units):
     close(dense(depth_to_space(units["shuffle_dense/in"])), units["shuffle_dense/out"])
 
 
-@pytest.mark.parametrize("case", ["multiaxis_mq", "multiaxis_mq_rect"])
+@pytest.mark.parametrize("case", ["multiaxis_mq", "multiaxis_mq_rect", "multiaxis_mh"])
 def test_multi_axis_attention(units, case):
-    attention = load(MultiAxisAttention(width=32, heads=4), units, case)
+    attention = load(SelfAttention(width=32, heads=4, multi_query="mq" in case), units, case)
     close(attention(units[f"{case}/q"]), units[f"{case}/out"])
 
 
-def test_cross_attention_in_blocked_and_in_image_layout(units):
-    attention = load(CrossAttention(width=32, heads=4, token_width=24), units, "cross_mq")
-    queries, tokens = units["cross_mq/q"], units["cross_mq/v"][:, 0]
-    close(attention(queries, tokens), units["cross_mq/out"])
-    close(attention(queries.reshape(2, 8, 8, 32), tokens).reshape(2, 4, 16, 32), units["cross_mq/out"])
+@pytest.mark.parametrize("case", ["cross_mq", "cross_mh"])
+def test_cross_attention_in_blocked_and_in_image_layout(units, case):
+    attention = load(CrossAttention(width=32, heads=4, token_width=24, multi_query=case == "cross_mq"), units, case)
+    queries, tokens = units[f"{case}/q"], units[f"{case}/v"][:, 0]
+    close(attention(queries, tokens), units[f"{case}/out"])
+    close(attention(queries.reshape(2, 8, 8, 32), tokens).reshape(2, 4, 16, 32), units[f"{case}/out"])
+
+
+def attention_by_hand(attention, x, axes):
+    """Algorithm 2 written out for multi-query attention: (B, G, P, C), one loop a head."""
+    heads = attention.query.out_features // attention.head_width
+    queries = attention.query(x).unflatten(-1, (heads, attention.head_width))
+    keys, values = attention.key(x), attention.value(x)
+    found = []
+    for head in range(heads):
+        equation = {
+            "regional": ("bgpd,bgsd->bgps", "bgps,bgsd->bgpd"),
+            "dilated": ("bgpd,bspd->bgps", "bgps,bspd->bgpd"),
+        }
+        to_logits, to_values = equation[axes[head * len(axes) // heads]]
+        logits = torch.einsum(to_logits, queries[..., head, :], keys) / attention.head_width**0.5
+        found.append(torch.einsum(to_values, logits.softmax(-1), values))
+    return attention.output(torch.cat(found, -1))
+
+
+@pytest.mark.parametrize("axes", [("regional",), ("dilated",), ("regional", "dilated"), ("dilated", "regional")])
+def test_self_attention_along_every_choice_of_axes(axes):
+    torch.manual_seed(0)
+    attention = SelfAttention(width=16, heads=4, axes=axes).double()
+    for parameter in attention.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(2, 6, 5, 16, dtype=torch.float64)
+    torch.testing.assert_close(attention(x), attention_by_hand(attention, x, axes), rtol=1e-12, atol=1e-12)
 
 
 def test_rgb_head_in_eval_and_train_mode(units):
-    head = load(ToRGB(16), units, "rgb")
+    head = load(ToRGB(16, "batch"), units, "rgb")
     close(head(units["rgb/x"], units["rgb/skip"]), units["rgb/eval"])
     close(head(units["rgb/x"], None), units["rgb/eval_noskip"])
     close(head.train()(units["rgb/x"], units["rgb/skip"]), units["rgb/train"], atol=3e-6)
@@ -81,7 +110,7 @@ def test_rgb_head_in_eval_and_train_mode(units):
 
 
 def test_the_image_so_far_is_doubled_by_repeating_pixels(units):
-    head = ToRGB(16).eval()
+    head = ToRGB(16, "batch").eval()
     nn.init.zeros_(head.linear.weight)
     assert torch.equal(head(torch.zeros(2, 8, 8, 16), units["upsample/in"]), units["upsample/out"])
 
@@ -91,6 +120,10 @@ def test_batch_norm_of_the_last_axis(units):
     close(norm.train()(units["bn/x"]), units["bn/batch_train"], atol=2e-6)
     close(norm.running_mean, units["bn/batch_mean_after"])
     close(norm.running_var, units["bn/batch_var_after"])
+
+
+def test_layer_norm_has_the_official_epsilon(units):
+    close(build_norm("layer", 6)(units["ln/x"]), units["ln/out"], atol=2e-6)
 
 
 def test_gelu_is_the_exact_one(units):

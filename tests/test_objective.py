@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from vqhit.augment import augment
 from vqhit.config import ConfigError
+from vqhit.convnet import ConvNetGeneratorConfig
 from vqhit.discriminator import Discriminator, DiscriminatorConfig
 from vqhit.models import VQHiT
 from vqhit.objective import LossConfig, TokenizerObjective
@@ -185,6 +187,112 @@ def test_two_whole_steps_equal_the_formulas_in_float64(make_trainer, tiny_config
                 assert torch.equal(trainer.state.ema.model.state_dict()[name], tensor)
 
 
+@pytest.fixture
+def make_gan_trainer(photo_folder, tmp_path):
+    """A trainer in float64 with every term of the recipe."""
+
+    def make(model, **train):
+        config = RunConfig.from_dict(
+            {
+                "run_dir": str(tmp_path / "run"),
+                "device": "cpu",
+                "model": model.to_dict(),
+                "discriminator": SMALL_D.to_dict(),
+                "data": {"path": str(photo_folder)},
+                "loss": {"consistency": 10.0},
+                "optimizer": {"learning_rate": 1e-3},
+                "ema": {"decay": 0.999, "start_step": 1},
+                "train": {"steps": 9, "batch_size": 4, **train},
+            }
+        )
+        trainer = Trainer(config)
+        for module in (trainer.state.model, trainer.state.discriminator, trainer.state.ema.model):
+            module.double()
+        return trainer
+
+    return make
+
+
+def replay_gan(model, discriminator, images, noise, augmentations):
+    """Eq. 2, eq. 3 and bCR written out, each network's forward pass once a term; (values, G's and D's gradients)."""
+    fakes = model(noise)
+    values = {"generator": -log_sigmoid(discriminator(fakes)).mean()}
+    values["loss"] = values["generator"]
+    model_gradients = torch.autograd.grad(values["generator"], list(model.parameters()))
+
+    fakes, real = fakes.detach(), images.clone().requires_grad_()
+    real_logits, fake_logits = discriminator(real), discriminator(fakes)
+    by_image = [torch.autograd.grad(logit, real, create_graph=True)[0][n] for n, logit in enumerate(real_logits[:, 0])]
+    values["r1"] = torch.stack([(gradient**2).sum() for gradient in by_image]).mean()
+    values["discriminator"] = -log_sigmoid(real_logits).mean() - log_sigmoid(-fake_logits).mean()
+    values["real_logits"], values["fake_logits"] = real_logits.mean(), fake_logits.mean()
+    values["consistency"] = sum(
+        ((discriminator(augment(clean, draws)) - discriminator(clean)) ** 2).mean()
+        for clean, draws in zip((images, fakes), augmentations, strict=True)
+    )
+    total = values["discriminator"] + 10 * values["r1"] + 10 * values["consistency"]
+    found = torch.autograd.grad(total, list(discriminator.parameters()), allow_unused=True)
+    discriminator_gradients = [
+        torch.zeros_like(p) if g is None else g for p, g in zip(discriminator.parameters(), found, strict=True)
+    ]
+    return {name: float(value.detach()) for name, value in values.items()}, model_gradients, discriminator_gradients
+
+
+@pytest.mark.parametrize("kind", ["hit", "convnet"])
+def test_two_whole_steps_of_a_generator_equal_the_formulas_in_float64(make_gan_trainer, tiny_generator_config, kind):
+    convnet = ConvNetGeneratorConfig(latent_dim=4, resolution=16, channels=8, attention_size=8)
+    trainer = make_gan_trainer({"hit": tiny_generator_config, "convnet": convnet}[kind])
+    state = trainer.state
+    model, discriminator = copy.deepcopy(state.model), copy.deepcopy(state.discriminator)
+    start = copy.deepcopy(model), copy.deepcopy(discriminator)
+    history = [[], []]
+    for step in range(2):
+        images, everything = batch(seed=step), trainer._place(slice(0, 4), 4)
+        noise = trainer._noise(4, step, everything).double()
+        trainer._noise = lambda *_, noise=noise: noise
+        values, *gradients = replay_gan(model, discriminator, images, noise, trainer._augmentations(everything))
+
+        found = trainer.train_step(images)
+        del trainer._noise
+
+        for name, value in values.items():
+            assert found[name] == pytest.approx(value, rel=1e-9), name
+        for index, (ours, theirs) in enumerate(((state.model, model), (state.discriminator, discriminator))):
+            history[index].append(gradients[index])
+            for n, (name, parameter) in enumerate(ours.named_parameters()):
+                if parameter.grad is not None:
+                    assert_close(parameter.grad, gradients[index][n], f"gradient of {name}")
+                else:
+                    assert not gradients[index][n].any(), name
+                first = start[index].get_parameter(name).detach()
+                expected = adam(first, [step_gradients[n] for step_gradients in history[index]], 1e-3, 0.0, 0.99)
+                assert_close(parameter.detach(), expected, name, atol=1e-10)
+                theirs.get_parameter(name).data.copy_(expected)
+        now = state.model.state_dict()
+        if step == 0:
+            average = {name: tensor.clone() for name, tensor in now.items()}  # up to start_step a copy
+        else:
+            average = {name: 0.999 * average[name] + 0.001 * now[name] for name in now if now[name].is_floating_point()}
+        for name, tensor in average.items():
+            assert_close(state.ema.model.state_dict()[name], tensor, f"average of {name}")
+
+
+def test_a_generators_gradients_accumulate_to_those_of_the_whole_batch(make_gan_trainer, tiny_generator_config):
+    found = []
+    for size in (4, 3):
+        trainer = make_gan_trainer(tiny_generator_config, micro_batch_size=size)
+        trainer.folder._lock.close()
+        trainer.state.model.eval()  # batch norm: in training its statistics are those of each part
+        draw = trainer._noise
+        trainer._noise = lambda *place, draw=draw: draw(*place).double()
+        found.append((trainer.train_step(batch()), gradients_of(trainer)))
+    (whole, gradients), (parts, others) = found
+    for name, value in whole.items():
+        assert parts[name] == pytest.approx(value, rel=1e-9), name
+    for name, gradient in gradients.items():
+        assert_close(others[name], gradient, name)
+
+
 def test_before_its_start_there_is_no_discriminator_and_then_its_weight_grows(make_trainer):
     trainer = make_trainer({"discriminator_start_step": 2, "adversarial_warmup_steps": 4})
     before = copy.deepcopy(trainer.state.discriminator.state_dict())
@@ -209,7 +317,7 @@ def test_lazy_r1_comes_every_few_steps_with_as_many_times_the_weight(make_traine
     trainer.objective.backward(images, step=4)
     without = gradients_of(trainer)
     trainer.state.discriminator.zero_grad()
-    trainer.objective.config = trainer.config.loss.model_copy(update={"r1_every": 1, "r1": 6.0})
+    trainer.objective.adversary.config = trainer.config.loss.model_copy(update={"r1_every": 1, "r1": 6.0})
     trainer.objective.backward(images, step=4)
     for name, gradient in gradients_of(trainer).items():
         if name.endswith("of D"):

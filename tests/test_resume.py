@@ -26,13 +26,24 @@ def folder(tmp_path_factory, tiny_config):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(folder):
+def gan_folder(tmp_path_factory, tiny_generator_config):
+    folder = tmp_path_factory.mktemp("resume_gan")
+    write_recipe(folder, tiny_generator_config)
+    return folder
+
+
+def whole_run(folder):
     code, errors, _ = finish(start("run_dir=whole", cwd=folder))
     assert code == 0, errors
     return folder / "whole"
 
 
-def test_killed_at_three_random_steps_a_run_continues_to_the_same_bits(folder, uninterrupted):
+@pytest.fixture(scope="module")
+def uninterrupted(folder):
+    return whole_run(folder)
+
+
+def killed_and_continued(folder):
     run_dir = folder / "killed"
     steps = sorted(random.sample(range(1, 23), 3))
     for step, workers in zip(steps, (2, 0, 2), strict=True):
@@ -43,7 +54,15 @@ def test_killed_at_three_random_steps_a_run_continues_to_the_same_bits(folder, u
         finish(process)
     code, errors, _ = finish(start(f"run_dir={run_dir}", cwd=folder))
     assert code == 0, (steps, errors)
-    assert_same_run(run_dir, uninterrupted)
+    return run_dir
+
+
+def test_killed_at_three_random_steps_a_run_continues_to_the_same_bits(folder, uninterrupted):
+    assert_same_run(killed_and_continued(folder), uninterrupted)
+
+
+def test_killed_at_three_random_steps_the_run_of_a_generator_continues_to_the_same_bits(gan_folder):
+    assert_same_run(killed_and_continued(gan_folder), whole_run(gan_folder))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -11,7 +11,7 @@ import typer
 
 app = typer.Typer(
     name="vqhit",
-    help="Image tokenizers built on HiT: train, evaluate, reconstruct. Set VQHIT_TRACEBACK=1 to see an error's origin.",
+    help="Image tokenizers and generators on HiT: train, evaluate, use. VQHIT_TRACEBACK=1 shows an error's origin.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -20,6 +20,7 @@ app = typer.Typer(
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides: train.steps=1000.")]
 ModelDir = Annotated[str, typer.Option("--model", help="Model folder, or vqhit-tiny-64, which is in the package.")]
+GeneratorDir = Annotated[str, typer.Option("--model", help="Model folder, or hit-tiny-64, which is in the package.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
 
 
@@ -139,7 +140,7 @@ def prepare(
 
 @app.command()
 def train(config: Annotated[Path, typer.Argument(help="YAML file of the run.")], overrides: Overrides = None) -> None:
-    """Train a tokenizer; the same command continues a run that was stopped.
+    """Train a tokenizer or a generator; the same command continues a run that was stopped.
 
     SIGTERM, SIGUSR1 and Ctrl-C end it after the step that is under way, with a checkpoint; the exit code is then 128
     and the signal's number. With several processes: torchrun --nproc-per-node 8 -m vqhit train ...
@@ -184,23 +185,25 @@ def evaluate(
     feature_weights: Annotated[
         Path | None, typer.Option("--feature-weights", help="That network's weights: .pth or .safetensors.")
     ] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", min=2, help="Of a generator: draw so many; 50,000 if not set.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of the samples; 0 if not set.")] = None,
     device: Device = "auto",
 ) -> None:
-    """Measure PSNR, SSIM, codebook usage and perplexity of a tokenizer on a folder of images.
+    """Measure a tokenizer on images: PSNR, SSIM, codebook usage and perplexity; or compare a generator's samples.
 
-    With --features FILE.yaml --feature-weights FILE, also a Fréchet distance on that network's features (not FID).
+    With --features FILE.yaml --feature-weights FILE, which a generator needs, also a Fréchet distance on that network's
+    features (not FID), between images and reconstructions, or images and samples.
 
     Example: vqhit eval --model vqhit-tiny-64 --data /data/imagenet/val --limit 1000
     """
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
-    from vqhit.evaluate import evaluate_tokenizer
+    from vqhit.evaluate import evaluate_generator, evaluate_tokenizer
     from vqhit.files import sha256, write_atomic
     from vqhit.hub import WEIGHTS_FILE, find_model
-    from vqhit.models import VQHiT
+    from vqhit.models import VQHiT, load_model
     from vqhit.perceptual import FeaturesConfig
 
     if out.is_dir():
@@ -208,41 +211,146 @@ def evaluate(
     if (features is None) != (feature_weights is None):
         missing = "--features" if features is None else "--feature-weights"
         raise ValueError(f"{missing} is missing: a Fréchet distance needs both, a network and a file of its weights")
-    tokenizer = VQHiT.from_pretrained(model, device=device)
+    loaded = load_model(model, device=device)
+    network = None if features is None else FeaturesConfig.from_yaml(features)
+    settings: dict[str, Any] = {"split": split, "batch_size": batch_size, "limit": limit, "workers": workers}
+    if isinstance(loaded, VQHiT):
+        if samples is not None or seed is not None:
+            raise ValueError(f"{model}: a tokenizer; --samples and --seed are of a generator")
+        measured = evaluate_tokenizer(loaded, data, features=network, feature_weights=feature_weights, **settings)
+        row = {
+            "PSNR (dB)": f"{measured['psnr']:.2f}",
+            "SSIM": f"{measured['ssim']:.4f}",
+            "codes\nused": f"{measured['codes_used']} of {measured['codebook_size']}",
+            "codebook\nusage": f"{measured['codebook_usage']:.1%}",
+            "perplexity": f"{measured['codebook_perplexity']:.1f}",
+        }
+    else:
+        if network is None or feature_weights is None:
+            raise ValueError(f"{model}: a generator; measuring it needs --features and --feature-weights")
+        drawn: dict[str, Any] = {"samples": samples or 50_000, "seed": seed or 0}
+        measured = evaluate_generator(
+            loaded, data, features=network, feature_weights=feature_weights, **drawn, **settings
+        )
+        row = {"samples": str(measured["samples"])}
+    if "frechet_distance" in measured:
+        row["Fréchet\ndistance"] = f"{measured['frechet_distance']:.5g}"
+    row["seconds"] = f"{measured['seconds']:.1f}"
     out.parent.mkdir(parents=True, exist_ok=True)
-    results = {
-        "model": model,
-        "model_sha256": sha256(find_model(model) / WEIGHTS_FILE),
-        **evaluate_tokenizer(
-            tokenizer,
-            data,
-            split=split,
-            batch_size=batch_size,
-            limit=limit,
-            workers=workers,
-            features=None if features is None else FeaturesConfig.from_yaml(features),
-            feature_weights=feature_weights,
-        ),
-    }
+    results = {"model": model, "model_sha256": sha256(find_model(model) / WEIGHTS_FILE), **measured}
     write_atomic(out, (json.dumps(results, indent=2) + "\n").encode())
-    title = Text(f"{model} on {results['images']} images of {data}")
-    table = Table(title=title, box=box.SIMPLE, padding=(0, 1), collapse_padding=True, pad_edge=False)
-    row = {
-        "PSNR (dB)": f"{results['psnr']:.2f}",
-        "SSIM": f"{results['ssim']:.4f}",
-        "codes\nused": f"{results['codes_used']} of {results['codebook_size']}",
-        "codebook\nusage": f"{results['codebook_usage']:.1%}",
-        "perplexity": f"{results['codebook_perplexity']:.1f}",
-        "seconds": f"{results['seconds']:.1f}",
-    }
-    if "frechet_distance" in results:
-        row["Fréchet\ndistance"] = f"{results['frechet_distance']:.5g}"
-    for column in row:
+    Console().print(_table(f"{model} on {measured['images']} images of {data}", [row]))
+    if measured["skipped"]:
+        print(f"{measured['skipped']} images cannot be read; {out} lists them")
+    print(f"{out}: the same, with the protocol")
+
+
+def _table(title: str, rows: list[dict[str, str]]) -> Any:
+    """A table of rows with the same columns."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), box=box.SIMPLE, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    for column in rows[0]:
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_row(*row.values())
-    Console().print(table)
-    if results["skipped"]:
-        print(f"{results['skipped']} images cannot be read; {out} lists them")
+    for row in rows:
+        table.add_row(*row.values())
+    return table
+
+
+@app.command()
+def sample(
+    model: GeneratorDir,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the pictures, new or empty.")],
+    n: Annotated[int, typer.Option("--n", min=1, help="Number of pictures.")] = 64,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Picture i depends on it and on i alone.")] = 0,
+    grid: Annotated[bool, typer.Option("--grid", help="Also all of them in one picture, grid.png.")] = False,
+    interpolate: Annotated[
+        bool, typer.Option("--interpolate", help="Each picture a strip of 8, from one noise vector to another.")
+    ] = False,
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", min=1, help="Images at a time, which rounds them; 1 on the CPU, else 32."),
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Draw images from a generator, as 000000.png, 000001.png, ...
+
+    Example: vqhit sample --model hit-tiny-64 --n 64 --seed 0 --out samples --grid
+    """
+    from vqhit.generator import Generator
+    from vqhit.images import image_grid, rows_of, to_uint8, uint8_to_pil
+    from vqhit.models import load_model
+    from vqhit.progress import ProgressBar
+
+    generator = load_model(model, device=device)
+    if not isinstance(generator, Generator):
+        raise ValueError(f"{model}: a {type(generator).__name__}, not a generator")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: {'not empty' if out.is_dir() else 'a file'}; --out is a new or empty folder")
+    if interpolate:
+        ends = (generator.noise(range(first, 2 * n, 2), seed=seed) for first in (0, 1))
+        pairs = zip(*ends, strict=True)
+        drawn = (generator.interpolate(z0, z1, batch_size=batch_size).cpu() for z0, z1 in pairs)
+    else:
+        drawn = (image for images in generator.samples(range(n), seed=seed, batch_size=batch_size) for image in images)
+    out.mkdir(parents=True, exist_ok=True)
+    kept = []
+    with ProgressBar("sample", n) as bar:
+        for number, images in enumerate(drawn):
+            image = to_uint8(images).cpu()
+            picture = image_grid([list(image)], gap_px=0) if interpolate else uint8_to_pil(image)
+            picture.save(out / f"{number:06d}.png")
+            if grid:
+                kept.append(image)
+            bar.advance(1)
+    if grid:
+        image_grid([list(strip) for strip in kept] if interpolate else rows_of(kept)).save(out / "grid.png")
+    print(f"{out}: {n} pictures{', and grid.png of all' if grid else ''}")
+
+
+@app.command()
+def bench(
+    what: Annotated[str, typer.Argument(help="generators: those of the paper's Tables 4, 5 and 6.")],
+    out: Annotated[Path, typer.Option("--out", help="JSON file to write.")] = Path("bench.json"),
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 4,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Times that each model runs.")] = 5,
+    device: Device = "auto",
+) -> None:
+    """Time models side by side: one process, in turns, random weights; the paper's numbers beside ours.
+
+    Example: vqhit bench generators
+    """
+    from rich.console import Console
+
+    from vqhit.bench import bench_generators
+    from vqhit.files import write_atomic
+    from vqhit.hub import select_device
+
+    if what != "generators":
+        raise ValueError(f"found {what!r}; allowed: generators")
+    if out.is_dir():
+        raise ValueError(f"{out}: a folder; --out is the JSON file to write")
+    results = bench_generators(device=select_device(device), batch_size=batch_size, rounds=rounds)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, (json.dumps(results, indent=2) + "\n").encode())
+    rows = [
+        {
+            "generator": row["name"],
+            "px": str(row["resolution"]),
+            "M params\n(paper)": f"{row['parameters_millions']:.2f} ({row['paper_parameters_millions']:.2f})",
+            "GFLOPs": f"{row['gflops']:.2f}",
+            "images/s\n(range)": f"{row['images_per_s']:.2f} "
+            f"({row['images_per_s_lowest']:.2f}-{row['images_per_s_highest']:.2f})",
+            "of\nbase": f"{row['relative']:.2f}",
+            "V100,\npaper": "-" if row["paper_images_per_s"] is None else f"{row['paper_images_per_s']:.2f}",
+            "paper,\nof base": "-" if row["paper_relative"] is None else f"{row['paper_relative']:.2f}",
+        }
+        for row in results["generators"]
+    ]
+    protocol = results["protocol"]
+    Console().print(_table(f"{protocol['device']}, batch {batch_size}, eager float32, {rounds} rounds in turns", rows))
     print(f"{out}: the same, with the protocol")
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 
-Count = Annotated[int, Strict(), Field(ge=1)]
+Count = Annotated[int, Strict(), Field(ge=1, lt=2**31)]
 NonNegativeInt = Annotated[int, Strict(), Field(ge=0, lt=2**63)]
 Finite = Annotated[float, Strict(), Field(allow_inf_nan=False)]
 NonNegative = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False)]
@@ -146,3 +146,26 @@ def _apply(values: dict[Any, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise ConfigError(f"override {override!r}: {'.'.join(parts[:depth])} is a value, it has no keys below it")
     values[parts[-1]] = value
+
+
+def of_kind(value: Any, kinds: Mapping[str, type[Config]], default: str | None = None) -> Any:
+    """Build the configuration that the key `kind` of a mapping, else `default`, chooses from `kinds`.
+
+    One that is built already is returned as it is. Raises `ConfigError`, or `ValueError` for what is no mapping.
+    """
+    for config_class in kinds.values():
+        if isinstance(value, config_class):
+            return value
+    allowed = ", ".join(kinds)
+    if not (isinstance(value, Mapping) and all(isinstance(key, str) for key in value)):
+        raise ValueError(f"found {value!r}; expected a mapping, of kind {allowed}")
+    kind = value.get("kind", default)
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ConfigError([(("kind",), f"found {kind!r}; allowed: {allowed}")])
+    try:
+        return kinds[kind](**value)
+    except ConfigError as error:
+        if "kind" in value:
+            raise
+        hint = f"without it, that is {kind}; there are: {allowed}"
+        raise ConfigError([*error.problems, (("kind",), hint)]) from None

@@ -3,11 +3,11 @@
 import functools
 import math
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 from torch import Tensor, nn
 
 from vqhit.config import Config, Count, Flag
@@ -20,12 +20,14 @@ class DiscriminatorConfig(Config):
     """Sizes of a discriminator; the paper's multiplier is 1 at 128 px and 2 from 256 px.
 
     A map of n px has min(max_channels, 512) channels up to 32 px and `channel_multiplier` * 16384 / n above, at most
-    `max_channels`. `equalized_lr` and `minibatch_stddev` are StyleGAN2's; HiT-GAN is trained without them.
+    `max_channels`; or else `widths` says how many, from `resolution` down to 4 px. `equalized_lr` and
+    `minibatch_stddev` are StyleGAN2's; HiT-GAN is trained without them.
     """
 
     resolution: Count = 256
     channel_multiplier: Count = 2
     max_channels: Count = 512
+    widths: tuple[Count, ...] | None = None
     pool: Literal["blur", "average"] = "blur"
     equalized_lr: Flag = False
     minibatch_stddev: Flag = False
@@ -37,8 +39,22 @@ class DiscriminatorConfig(Config):
             raise ValueError(f"found {resolution}; allowed: {', '.join(map(str, sizes))}")
         return resolution
 
+    @model_validator(mode="after")
+    def _check_widths(self) -> Self:
+        maps = self.resolution.bit_length() - 2
+        rule = ("channel_multiplier", "max_channels")
+        if self.widths is not None and any(getattr(self, key) != type(self).model_fields[key].default for key in rule):
+            raise ValueError(f"widths stands in place of {' and '.join(rule)}: leave these out")
+        if self.widths is not None and len(self.widths) != maps:
+            raise ValueError(
+                f"widths has {len(self.widths)} entries; {self.resolution} px down to {_LAST_SIZE} are {maps} maps"
+            )
+        return self
+
     def channels(self, size: int) -> int:
         """Channels of the map that is `size` px wide."""
+        if self.widths is not None:
+            return self.widths[(self.resolution // size).bit_length() - 1]
         return min(self.max_channels, 512 if size <= 32 else self.channel_multiplier * 16384 // size)
 
 

@@ -1,72 +1,55 @@
-"""Reconstruction quality: PSNR, SSIM, codebook usage, a Fréchet distance; with the protocol beside the numbers."""
+"""Reconstruction quality: PSNR, SSIM, codebook usage; a Fréchet distance, of samples too; with the protocol of each."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
+from pydantic import model_validator
 from torch import Tensor
 
 from vqhit import __version__, distributed
 from vqhit.codebook import CodebookUsage
-from vqhit.config import Count
-from vqhit.data import CenterCrops, Skipped, load_batches
+from vqhit.config import Count, Text
+from vqhit.data import Batch, CenterCrops, Skipped, load_batches
 from vqhit.files import sha256
 from vqhit.folder import DataError
 from vqhit.frechet import FeatureSums, frechet_distance
+from vqhit.generator import Generator
 from vqhit.images import from_uint8, to_uint8
+from vqhit.metrics import PSNR_CEILING_DB, psnr, ssim
 from vqhit.models import VQHiT
-from vqhit.perceptual import FeatureDistance, FeaturesConfig, perceptual_network
+from vqhit.perceptual import FeatureDistance, FeaturesConfig, feature_network
 from vqhit.progress import ProgressBar
 from vqhit.sources import ImageSource, SourceConfig, evenly_spaced, open_source
 
-PSNR_CEILING_DB = 100.0
-"""Reported for images that are equal, whose PSNR has no finite value."""
-SSIM_WINDOW = 11
-"""Side of SSIM's window in px, and the least that an image may have."""
-
 
 class EvalConfig(SourceConfig):
-    """Images to evaluate on while training: PSNR, SSIM and codebook usage of the model that would be saved."""
+    """Images to evaluate on while training, with the model that would be saved.
+
+    Of a tokenizer: PSNR, SSIM and codebook usage. With `features` and a file of that network's weights, which a
+    generator needs, also the Fréchet distance between its features of the images and of their reconstructions, or of as
+    many samples: a proxy, not FID.
+    """
 
     every: Count = 5000
     """Steps between evaluations; the last step is one too."""
     images: Count = 1000
     """At most so many, evenly spaced: always the same ones."""
+    features: FeaturesConfig | None = None
+    feature_weights: Text | None = None
 
-
-def psnr(first: Tensor, second: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each pair in dB: two (B, 3, H, W) uint8 -> (B,) float64, at most 100."""
-    error = (first.double() - second.double()).square().mean((1, 2, 3)) / 255**2
-    return (-10 * error.log10()).clamp(max=PSNR_CEILING_DB)
-
-
-def ssim(first: Tensor, second: Tensor) -> Tensor:
-    """Structural similarity of each pair: two (B, 3, H, W) uint8, at least 11 px a side -> (B,) float64.
-
-    Wang et al. 2004: Gaussian window 11x11, sigma 1.5, data range 1, biased variances, mean over colour channels and
-    over window positions that lie inside the image. Raises `ValueError` for images smaller than the window.
-    """
-    if min(first.shape[-2:]) < SSIM_WINDOW:
-        raise ValueError(f"images are {tuple(first.shape[-2:])} px; SSIM needs at least {SSIM_WINDOW}x{SSIM_WINDOW}")
-    taps = torch.exp(-(torch.arange(-5, 6, dtype=torch.float64, device=first.device) ** 2) / (2 * 1.5**2))
-    taps = taps / taps.sum()
-    x, y = (images.double().flatten(0, 1).unsqueeze(1) / 255 for images in (first, second))
-
-    def blur(values: Tensor) -> Tensor:
-        return F.conv2d(F.conv2d(values, taps.view(1, 1, -1, 1)), taps.view(1, 1, 1, -1))
-
-    mean_x, mean_y = blur(x), blur(y)
-    variance_x, variance_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
-    covariance = blur(x * y) - mean_x * mean_y
-    c1, c2 = 0.01**2, 0.03**2
-    similarity = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)) / (
-        (mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2)
-    )
-    return similarity.mean((1, 2, 3)).view(first.shape[:2]).mean(1)
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.features is None) != (self.feature_weights is None):
+            missing = "features, a network," if self.features is None else "feature_weights, a file,"
+            raise ValueError(f"{missing} is missing: a Fréchet distance needs both")
+        if self.features is not None and self.images < 2:
+            raise ValueError(f"images is {self.images}; a Fréchet distance needs at least 2")
+        return self
 
 
 class Reconstruction:
@@ -141,9 +124,7 @@ def measure(
     `on_batch` is told how many images each batch of this process had.
     """
     measured = Reconstruction(model, network)
-    mine = indices[distributed.rank() :: distributed.world_size()]
-    order = (mine[start : start + batch_size] for start in range(0, len(mine), batch_size))
-    for batch in load_batches(CenterCrops(source, model.config.image_size), order, workers):
+    for batch in _my_crops(source, indices, model.config.image_size, batch_size, workers):
         if len(batch.images):
             measured.update(batch.images)
         measured.skipped += batch.skipped
@@ -151,6 +132,112 @@ def measure(
             on_batch(len(batch.images))
     measured.gather()
     return measured
+
+
+def _my_crops(source: ImageSource, indices: Sequence[int], size: int, batch_size: int, workers: int) -> Iterator[Batch]:
+    """Center crops of this process's share of some images."""
+    mine = indices[distributed.rank() :: distributed.world_size()]
+    order = (mine[start : start + batch_size] for start in range(0, len(mine), batch_size))
+    return iter(load_batches(CenterCrops(source, size), order, workers))
+
+
+def image_features(
+    network: FeatureDistance,
+    source: ImageSource,
+    indices: Sequence[int],
+    size: int,
+    *,
+    batch_size: int,
+    workers: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> tuple[FeatureSums, list[str]]:
+    """Pooled features of the center crops of some images, of all processes; and what was wrong with unreadable ones.
+
+    Raises `DataError` if fewer than two can be read.
+    """
+    sums, skipped = FeatureSums(network.pooled_dim(size)), []
+    for batch in _my_crops(source, indices, size, batch_size, workers):
+        if len(batch.images):
+            sums.update(network.pooled(from_uint8(batch.images.to(network.mean.device))))
+        skipped += batch.skipped
+        if on_batch is not None:
+            on_batch(len(batch.images))
+    sums.gather()
+    skipped = [problem for those in distributed.gather_objects(skipped) for problem in those]
+    if sums.count < 2:
+        reason = f"; the first problem: {skipped[0]}" if skipped else ""
+        raise DataError(f"a Fréchet distance needs at least 2 images; {sums.count} can be read{reason}")
+    return sums, skipped
+
+
+def sample_features(
+    network: FeatureDistance,
+    model: Generator,
+    count: int,
+    *,
+    seed: int = 0,
+    batch_size: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> FeatureSums:
+    """Pooled features of the first `count` samples of a seed, rounded to uint8, of all processes."""
+    sums = FeatureSums(network.pooled_dim(model.image_size))
+    mine = range(count)[distributed.rank() :: distributed.world_size()]
+    for images in model.samples(mine, seed=seed, batch_size=batch_size):
+        sums.update(network.pooled(from_uint8(to_uint8(images))))
+        if on_batch is not None:
+            on_batch(len(images))
+    sums.gather()
+    return sums
+
+
+def evaluate_generator(
+    model: Generator,
+    data: Path | str,
+    *,
+    features: FeaturesConfig,
+    feature_weights: Path | str,
+    samples: int = 50_000,
+    seed: int = 0,
+    split: str | None = None,
+    batch_size: int = 16,
+    limit: int | None = None,
+    workers: int = 0,
+    max_bad: float = 0.01,
+) -> dict[str, Any]:
+    """Fréchet distance between samples and the images of a folder or a data set; JSON-able, with its protocol.
+
+    It is a proxy, not FID: it depends on the network and on both numbers of images. `limit` takes that many images,
+    evenly spaced; images that cannot be read as for `evaluate_tokenizer`.
+    """
+    if samples < 2:
+        raise ValueError(f"a Fréchet distance needs at least 2 samples; found {samples}")
+    network = feature_network(features, feature_weights).to(next(model.parameters()).device)
+    source = open_source(SourceConfig(path=str(data), split=split), split="validation")
+    indices = evenly_spaced(len(source), limit)
+    started = time.perf_counter()
+    batches = math.ceil(len(indices) / batch_size) + math.ceil(samples / batch_size)
+    with _exact_float32(), ProgressBar("eval", batches) as bar:
+        settings: dict[str, Any] = {"batch_size": batch_size, "on_batch": bar.advance}
+        of_images, bad = image_features(network, source, indices, model.image_size, workers=workers, **settings)
+        skipped = Skipped(max_bad, len(indices))
+        skipped.add(bad)
+        skipped.check(len(indices))
+        of_samples = sample_features(network, model, samples, seed=seed, **settings)
+    return {
+        "images": of_images.count,
+        "samples": of_samples.count,
+        "skipped": len(bad),
+        "frechet_distance": frechet_distance(of_images, of_samples),
+        "skipped_images": bad,
+        "seconds": round(time.perf_counter() - started, 2),
+        "protocol": {
+            **_describe_data(data, split, model.image_size),
+            "seed": seed,
+            "rounding": "samples clamped and rounded to uint8",
+            "frechet_distance": _describe(features, feature_weights, "images and of the uint8 samples"),
+            **_describe_run(next(model.parameters())),
+        },
+    }
 
 
 def evaluate_tokenizer(
@@ -175,10 +262,10 @@ def evaluate_tokenizer(
     network: FeatureDistance | None = None
     described = {}
     if features is not None and feature_weights is not None:
-        built = perceptual_network("features", feature_weights, features)
-        assert isinstance(built, FeatureDistance)
-        network = built.to(model.quant_conv.weight.device)
-        described = {"frechet_distance": _describe(features, feature_weights)}
+        network = feature_network(features, feature_weights).to(model.quant_conv.weight.device)
+        described = {
+            "frechet_distance": _describe(features, feature_weights, "images and of their uint8 reconstructions")
+        }
     elif features is not None or feature_weights is not None:
         missing = "a network and its layers (features)" if features is None else "a file of weights (feature_weights)"
         raise ValueError(f"the Fréchet distance needs {missing} too")
@@ -199,26 +286,38 @@ def evaluate_tokenizer(
         "tokens_per_image": model.num_tokens,
         "seconds": round(time.perf_counter() - started, 2),
         "protocol": {
-            "data": str(data),
-            "split": split,
-            "image_size": model.config.image_size,
-            "crop": "ADM center crop: box halving, bicubic resize of the short side",
+            **_describe_data(data, split, model.config.image_size),
             "rounding": "reconstructions clamped and rounded to uint8",
             "psnr": f"dB, data range 1, mean over images, at most {PSNR_CEILING_DB:g} each",
             "ssim": "Gaussian 11x11, sigma 1.5, data range 1, mean over channels and images",
             **described,
-            "dtype": str(model.quant_conv.weight.dtype).removeprefix("torch."),
-            "device": model.quant_conv.weight.device.type,
-            "tf32": False,
-            "vqhit": __version__,
-            "torch": torch.__version__,
+            **_describe_run(model.quant_conv.weight),
         },
     }
 
 
-def _describe(features: FeaturesConfig, weights: Path | str) -> dict[str, Any]:
+def _describe_data(data: Path | str, split: str | None, size: int) -> dict[str, Any]:
     return {
-        "features": "activations, means over positions, of the images and of their uint8 reconstructions; not FID",
+        "data": str(data),
+        "split": split,
+        "image_size": size,
+        "crop": "ADM center crop: box halving, bicubic resize of the short side",
+    }
+
+
+def _describe_run(weight: Tensor) -> dict[str, Any]:
+    return {
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "device": weight.device.type,
+        "tf32": False,
+        "vqhit": __version__,
+        "torch": torch.__version__,
+    }
+
+
+def _describe(features: FeaturesConfig, weights: Path | str, of: str) -> dict[str, Any]:
+    return {
+        "features": f"activations, means over positions, of the {of}; not FID",
         **features.to_dict(),
         "weights_sha256": sha256(Path(weights).expanduser()),
         "statistics": "float64, unbiased covariance",

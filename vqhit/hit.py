@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from vqhit.config import Config, Count, Flag, NonNegativeInt
 from vqhit.layers import (
     MLP,
-    BatchNorm,
+    Axis,
     CrossAttentionBlock,
     Linear,
+    Norm,
     SelfAttentionBlock,
     block,
+    build_norm,
     depth_to_space,
     space_to_depth,
     truncated_normal_,
@@ -43,19 +45,42 @@ _PRESETS: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = 
 _MAX_STAGES = 10  # 4096 px
 _HEADS = (16, 8, 4, 4, 4, 4, 4, 4)
 
+Attention = Literal["multi_axis", "blocked", "axial", "interleaved", "full"]
+# The axes of the self-attention blocks of a stage, in turn.
+_AXES: dict[Attention, tuple[tuple[Axis, ...], ...]] = {
+    "multi_axis": (("regional", "dilated"),),
+    "blocked": (("regional",),),
+    "axial": (("regional", "dilated"),),
+    "interleaved": (("regional",), ("dilated",)),
+    "full": (("regional",),),
+}
+_UNBLOCKED: tuple[Attention, ...] = ("axial", "full")
+
 
 class HiTConfig(Config):
     """The sizes of a HiT, one entry a stage; the map doubles in size from stage to stage, starting at 8x8.
 
-    `block_sizes` holds the side of the attention blocks of the low-resolution stages; later stages are high-resolution
-    ones, without self-attention and with an RGB head (paper section 3.1).
+    `block_sizes` has an entry for each low-resolution stage, the side of its attention blocks; later stages are
+    high-resolution ones, without self-attention and with an RGB head (paper section 3.1). The other options are those
+    of the paper's ablations. With no entry and without cross-attention, HiT is an implicit function (INR) of its input.
     """
 
     kind: Literal["hit"] = "hit"
     widths: tuple[Count, ...]
     depths: tuple[NonNegativeInt, ...]
     heads: tuple[Count, ...]
-    block_sizes: tuple[Count, ...]
+    block_sizes: tuple[Count | None, ...]
+    """None, for each stage, where `attention` does not work in blocks (axial, full)."""
+    attention: Attention = "multi_axis"
+    """Tables 5 and 10. multi_axis: half the heads inside blocks, half across; blocked: all inside; interleaved: inside
+    and across in alternate blocks; axial: half the heads along the rows of the map, half along its columns; full: every
+    pixel to every other."""
+    multi_query: Flag = True
+    """All heads share one head of keys and values (Table 8); else each has its own."""
+    norm: Norm = "batch"
+    """batch or layer (Table 8)."""
+    cross_attention: Flag = True
+    """Without it, the latent tokens go too (Tables 5 and 10)."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -70,16 +95,39 @@ class HiTConfig(Config):
                 f"block_sizes has {len(self.block_sizes)} entries for {stages} stages; the last stage makes the image "
                 "and has no self-attention, so at most one entry less"
             )
+        if self.attention != "multi_axis" and not self.block_sizes:
+            raise ValueError(f"attention {self.attention}: block_sizes is empty, so no stage has self-attention")
+        if not (self.multi_query or self.block_sizes or self.cross_attention):
+            raise ValueError("multi_query false: block_sizes is empty and cross_attention false, so there are no heads")
         for stage, (width, heads) in enumerate(zip(self.widths, self.heads, strict=True)):
             if width % 4 or width % heads:
                 raise ValueError(f"stage {stage}: width {width} must be divisible by 4 and by its {heads} heads")
-            if stage < len(self.block_sizes):
-                size, block_size = FIRST_SIZE << stage, self.block_sizes[stage]
-                if heads % 2:
-                    raise ValueError(f"stage {stage}: {heads} heads; half are regional, half dilated: an even number")
-                if size % block_size:
-                    raise ValueError(f"stage {stage}: a {size}x{size} map does not divide into blocks of {block_size}")
+        for stage in range(len(self.block_sizes)):
+            self._check_attention(stage)
         return self
+
+    def _check_attention(self, stage: int) -> None:
+        """Raise for a low-resolution stage that cannot be."""
+        heads, depth, block_size = self.heads[stage], self.depths[stage], self.block_sizes[stage]
+        size = FIRST_SIZE << stage
+        if heads % len(_AXES[self.attention][0]):
+            raise ValueError(
+                f"stage {stage}: {heads} heads; {self.attention} attention shares them out among two axes: an even "
+                "number"
+            )
+        if depth % len(_AXES[self.attention]):
+            raise ValueError(
+                f"stage {stage}: depth {depth}; interleaved attention takes its two kinds in turn: an even number"
+            )
+        if self.attention in _UNBLOCKED:
+            if block_size is not None:
+                raise ValueError(
+                    f"stage {stage}: block size {block_size}; {self.attention} attention has no blocks: null"
+                )
+        elif block_size is None:
+            raise ValueError(f"stage {stage}: block size null; {self.attention} attention needs a number")
+        elif size % block_size:
+            raise ValueError(f"stage {stage}: a {size}x{size} map does not divide into blocks of {block_size}")
 
     @property
     def resolution(self) -> int:
@@ -98,9 +146,9 @@ class HiTConfig(Config):
 class ToRGB(nn.Module):
     """Norm and linear to RGB, plus the image of the stage before, doubled (nearest): (B, H, W, C) -> (B, H, W, 3)."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, norm: Norm) -> None:
         super().__init__()
-        self.norm = BatchNorm(width)
+        self.norm = build_norm(norm, width)
         self.linear = Linear(width, 3)
 
     def forward(self, x: Tensor, image: Tensor | None) -> Tensor:
@@ -113,29 +161,44 @@ class ToRGB(nn.Module):
 class Stage(nn.Module):
     """One stage: position embedding, cross-attention block, self-attention blocks or MLPs: (B, H, W, C) -> the same.
 
-    Low-resolution stages (`block_size` given) are blocked once and unblocked once; the others add to the image so far.
+    Low-resolution stages are brought once into the layout of their attention, and back once; the others add to the
+    image so far.
     """
 
-    def __init__(self, size: int, width: int, depth: int, heads: int, block_size: int | None, token_width: int) -> None:
+    def __init__(self, config: HiTConfig, index: int) -> None:
         super().__init__()
-        self.block_size = block_size
+        size, width, heads, norm = FIRST_SIZE << index, config.widths[index], config.heads[index], config.norm
+        low_resolution = index < len(config.block_sizes)
+        self.block_size = config.block_sizes[index] if low_resolution else None
+        self.one_block = low_resolution and config.attention == "full"
         self.position_embedding = nn.Parameter(truncated_normal_(torch.empty(size, size, width)))
-        self.cross = CrossAttentionBlock(width, heads, token_width)
+        self.cross: CrossAttentionBlock | None = None
+        if config.cross_attention:
+            self.cross = CrossAttentionBlock(width, heads, config.widths[0], config.multi_query, norm)
+        axes = _AXES[config.attention]
         self.blocks = nn.ModuleList(
-            MLP(width) if block_size is None else SelfAttentionBlock(width, heads) for _ in range(depth)
+            SelfAttentionBlock(width, heads, axes[number % len(axes)], config.multi_query, norm)
+            if low_resolution
+            else MLP(width, norm)
+            for number in range(config.depths[index])
         )
-        self.to_rgb = ToRGB(width) if block_size is None else None
+        self.to_rgb = None if low_resolution else ToRGB(width, norm)
 
-    def forward(self, x: Tensor, tokens: Tensor, image: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, tokens: Tensor | None, image: Tensor | None) -> tuple[Tensor, Tensor | None]:
         height = x.shape[1]
         x = x + self.position_embedding
         if self.block_size is not None:
             x = block(x, self.block_size)
-        x = self.cross(x, tokens)
+        elif self.one_block:
+            x = x.flatten(1, 2).unsqueeze(1)
+        if self.cross is not None:
+            x = self.cross(x, tokens)
         for layer in self.blocks:
             x = layer(x)
         if self.block_size is not None:
             x = unblock(x, self.block_size, height)
+        elif self.one_block:
+            x = x.squeeze(1).unflatten(1, (height, -1))
         return x, image if self.to_rgb is None else self.to_rgb(x, image)
 
 
@@ -146,17 +209,7 @@ class HiTBackbone(nn.Module):
         super().__init__()
         self.config = config
         widths = config.widths
-        self.stages = nn.ModuleList(
-            Stage(
-                size=FIRST_SIZE << index,
-                width=width,
-                depth=config.depths[index],
-                heads=config.heads[index],
-                block_size=config.block_sizes[index] if index < len(config.block_sizes) else None,
-                token_width=widths[0],
-            )
-            for index, width in enumerate(widths)
-        )
+        self.stages = nn.ModuleList(Stage(config, index) for index in range(len(widths)))
         self.upsamplings = nn.ModuleList(  # after each pixel shuffle; nothing to do where the widths already agree
             nn.Identity() if before // 4 == after else Linear(before // 4, after) for before, after in pairwise(widths)
         )
@@ -168,8 +221,11 @@ class HiTBackbone(nn.Module):
         assert isinstance(last, ToRGB)
         return last.linear
 
-    def forward(self, x: Tensor, tokens: Tensor, skip: Tensor | None = None) -> Tensor:
-        """`skip` (B, 16, 16, C1), if any, is added to the map that enters the second stage (`stem.skip`)."""
+    def forward(self, x: Tensor, tokens: Tensor | None, skip: Tensor | None = None) -> Tensor:
+        """Tokens are None where there is no cross-attention.
+
+        `skip` (B, 16, 16, C1), if any, is added to the map that enters the second stage (`stem.skip`).
+        """
         image: Tensor | None = None
         for index, stage in enumerate(self.stages):
             if index > 0:
@@ -187,10 +243,10 @@ class LatentTokens(nn.Module):
     Departure: the paper has no norm here; the official code has this one, at the source.
     """
 
-    def __init__(self, num_tokens: int, width: int) -> None:
+    def __init__(self, num_tokens: int, width: int, norm: Norm) -> None:
         super().__init__()
         self.position_embedding = nn.Parameter(truncated_normal_(torch.empty(num_tokens, width)))
-        self.norm = BatchNorm(width)
+        self.norm = build_norm(norm, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(x + self.position_embedding)
@@ -199,21 +255,26 @@ class LatentTokens(nn.Module):
 class NoiseStem(nn.Module):
     """Noise to first map and latent tokens, one linear layer each: (B, D) -> (B, 8, 8, C0), (B, 16, C0).
 
-    Departure: Algorithm 1 has 8x8 latent tokens; the official code, and Table 4's parameter counts, have 4x4.
+    No tokens where there is no cross-attention. Departure: Algorithm 1 has 8x8 latent tokens; the official code, and
+    Table 4's parameter counts, have 4x4.
     """
 
     num_tokens = 16
 
-    def __init__(self, latent_dim: int, width: int) -> None:
+    def __init__(self, latent_dim: int, backbone: HiTConfig) -> None:
         super().__init__()
+        width = backbone.widths[0]
         self.feature_map = Linear(latent_dim, FIRST_SIZE * FIRST_SIZE * width)
-        self.token_projection = Linear(latent_dim, self.num_tokens * width)
-        self.tokens = LatentTokens(self.num_tokens, width)
+        self.tokens: LatentTokens | None = None
+        if backbone.cross_attention:
+            self.token_projection = Linear(latent_dim, self.num_tokens * width)
+            self.tokens = LatentTokens(self.num_tokens, width, backbone.norm)
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
         feature_map = self.feature_map(z).unflatten(1, (FIRST_SIZE, FIRST_SIZE, -1))
-        tokens = self.tokens(self.token_projection(z).unflatten(1, (self.num_tokens, -1)))
-        return feature_map, tokens
+        if self.tokens is None:
+            return feature_map, None
+        return feature_map, self.tokens(self.token_projection(z).unflatten(1, (self.num_tokens, -1)))
 
 
 class StemConfig(Config):
@@ -238,21 +299,24 @@ class CodeStem(nn.Module):
     tokens start near unit variance.
     """
 
-    def __init__(
-        self, config: StemConfig, code_grid: int, code_dim: int, widths: tuple[int, ...], code_std: float
-    ) -> None:
+    def __init__(self, config: StemConfig, backbone: HiTConfig, code_grid: int, code_dim: int, code_std: float) -> None:
         super().__init__()
+        widths = backbone.widths
         self.feature_factor = code_grid // FIRST_SIZE
         self.token_factor = code_grid // config.latent_grid
         self.feature_map = Linear(self.feature_factor**2 * code_dim, widths[0])
-        self.token_projection = Linear(self.token_factor**2 * code_dim, widths[0])
-        self.tokens = LatentTokens(config.latent_grid**2, widths[0])
+        self.token_projection = self.tokens = None
+        if backbone.cross_attention:
+            self.token_projection = Linear(self.token_factor**2 * code_dim, widths[0])
+            self.tokens = LatentTokens(config.latent_grid**2, widths[0], backbone.norm)
         self.skip = Linear(code_dim, widths[1]) if config.skip else None
         for layer in filter(None, (self.feature_map, self.token_projection, self.skip)):
             nn.init.normal_(layer.weight, std=1 / (code_std * math.sqrt(layer.in_features)))
 
-    def forward(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(self, codes: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         codes = codes.permute(0, 2, 3, 1)
         feature_map = self.feature_map(space_to_depth(codes, self.feature_factor))
-        tokens = self.tokens(self.token_projection(space_to_depth(codes, self.token_factor).flatten(1, 2)))
+        tokens = None
+        if self.token_projection is not None and self.tokens is not None:
+            tokens = self.tokens(self.token_projection(space_to_depth(codes, self.token_factor).flatten(1, 2)))
         return feature_map, tokens, None if self.skip is None else self.skip(codes)

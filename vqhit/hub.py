@@ -65,14 +65,7 @@ class Pretrained(nn.Module):
 
     @classmethod
     def _read_config(cls, path: Path) -> Any:
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError("no such file", str(path)) from None
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"not a readable JSON file: {error}", str(path)) from None
-        if not isinstance(values, dict) or not isinstance(values.get("config"), dict):
-            raise ConfigError("not written by vqhit: it has no 'config' mapping", str(path))
+        values = _read_head(path)
         found, version = values.get("format_version"), values.get("vqhit_version")
         if not isinstance(found, int) or isinstance(found, bool) or found < 1:
             raise ConfigError(f"format_version: found {found!r}; expected {FORMAT_VERSION}", str(path))
@@ -83,7 +76,7 @@ class Pretrained(nn.Module):
                 str(path),
             )
         if (name := values.get("model")) != cls.__name__:
-            raise ConfigError(f"holds a {name}; load it with vqhit.{name}, not vqhit.{cls.__name__}", str(path))
+            raise ConfigError(f"holds a {name}, not a {cls.__name__}", str(path))
         if unknown := sorted(values.keys() - {"model", "format_version", "vqhit_version", "config"}):
             raise ConfigError(f"unknown key {', '.join(map(repr, unknown))}", str(path))
         return cls.config_class.from_dict(values["config"], str(path))
@@ -117,6 +110,25 @@ def find_model(path: Path | str) -> Path:
         f"{directory}: no such folder; a model folder holds {CONFIG_FILE} and {WEIGHTS_FILE} (with the package comes "
         f"{', '.join(packaged)}; this version does not yet load from the Hugging Face Hub)"
     )
+
+
+def saved_class(path: Path | str) -> str | None:
+    """Name of the class of the model in a folder, if its config.json says one; raises as `from_pretrained`."""
+    name = _read_head(find_model(path) / CONFIG_FILE).get("model")
+    return name if isinstance(name, str) else None
+
+
+def _read_head(path: Path) -> dict[str, Any]:
+    """A config.json with its `config` mapping."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError("no such file", str(path)) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"not a readable JSON file: {error}", str(path)) from None
+    if not isinstance(values, dict) or not isinstance(values.get("config"), dict):
+        raise ConfigError("not written by vqhit: it has no 'config' mapping", str(path))
+    return values
 
 
 def _read_weights(path: Path, device: torch.device) -> dict[str, torch.Tensor]:

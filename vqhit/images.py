@@ -4,7 +4,7 @@ uint8 images are (3, H, W) or (B, 3, H, W); float images lie in [-1, 1].
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -151,6 +151,12 @@ def image_grid(rows: Sequence[Sequence[Tensor]], gap_px: int = 4, enlarge: int =
             tile = uint8_to_pil(image).resize((width, height), Image.Resampling.NEAREST)
             canvas.paste(tile, (gap_px + x * (width + gap_px), gap_px + y * (height + gap_px)))
     return canvas
+
+
+def rows_of(images: Iterable[Tensor], columns: int = 8) -> list[list[Tensor]]:
+    """Share images out among rows of `columns`, for `image_grid`."""
+    many = list(images)
+    return [many[start : start + columns] for start in range(0, len(many), columns)]
 
 
 def compare_grid(pairs: Sequence[tuple[Tensor, Tensor]], columns: int = 8, enlarge: int = 1) -> Image.Image:

@@ -1,10 +1,12 @@
-"""The layers of HiT: multi-axis and cross attention, MLP, normalisation, blocking, pixel shuffle, initialisation.
+"""The layers of HiT: self- and cross-attention, MLP, normalisation, blocking, pixel shuffle, initialisation.
 
 Feature maps are channels-last, (B, H, W, C) or blocked: (B, G, P, C) holds G blocks of P pixels each, both row-major.
 Conventions and numbers follow the official TensorFlow code (google-research/hit-gan) wherever the paper leaves a gap.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -54,15 +56,16 @@ class Linear(nn.Linear):
 class BatchNorm(nn.BatchNorm1d):
     """Batch normalisation of the last axis over all others: (..., C) -> (..., C).
 
-    Keras' epsilon 1e-3 and momentum 0.99 (torch counts the other way: 0.01). The running variance is the unbiased one.
+    Keras' epsilon 1e-3, by default, and momentum 0.99 (torch counts the other way: 0.01). The running variance is the
+    unbiased one.
     Departure: the paper says layer norm (appendix A.1); the official code and its results have batch norm.
 
     `synchronized`, set before training with several processes, takes the statistics over the batches of all of them,
     which must be equally large (the official code: of each by itself). torch's SyncBatchNorm needs CUDA; this does not.
     """
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, eps=1e-3, momentum=0.01)
+    def __init__(self, channels: int, eps: float = 1e-3) -> None:
+        super().__init__(channels, eps=eps, momentum=0.01)
         self.synchronized = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,6 +93,26 @@ class BatchNorm(nn.BatchNorm1d):
         return torch.addcmul(self.bias - mean * scale, exact, scale).to(rows.dtype)
 
 
+Norm = Literal["batch", "layer"]
+
+
+def build_norm(kind: Norm, channels: int) -> nn.Module:
+    """Normalisation of the last axis: batch, or layer with the official code's epsilon 1e-6 (appendix A.1, Table 8)."""
+    return BatchNorm(channels) if kind == "batch" else nn.LayerNorm(channels, eps=1e-6)
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode for a while; then every part has the mode that it had."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
 @torch.no_grad()
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Replace the running statistics by averages over `batches`, run through `model` as it is now.
@@ -113,57 +136,84 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Multi-query attention: (B, N, L, heads, d) queries, (B, N, S, d) keys and values -> (B, N, L, heads, d).
+    """Attention: (B, N, L, heads, d) queries, (B, N, S, kv, d) keys and values -> (B, N, L, heads, d).
 
-    All heads share one head of keys and values, so the heads fold into the query length: one fused call, no repeated
-    keys. Logits are divided by √d. Departure: Algorithm 2 shows no scale, but the official code has it.
+    With one head of keys and values (kv = 1, multi-query) the heads fold into the query length: one fused call, no
+    repeated keys. Otherwise each head has its own. Logits are divided by √d. Departure: Algorithm 2 shows no scale, but
+    the official code has it.
     """
-    length = queries.shape[2]
-    queries = rearrange(queries, "b n l h d -> b n (l h) d")
-    out = F.scaled_dot_product_attention(queries, keys, values)
-    return rearrange(out, "b n (l h) d -> b n l h d", l=length)
+    if keys.shape[3] == 1:
+        length = queries.shape[2]
+        queries = rearrange(queries, "b n l h d -> b n (l h) d")
+        out = F.scaled_dot_product_attention(queries, keys.squeeze(3), values.squeeze(3))
+        return rearrange(out, "b n (l h) d -> b n l h d", l=length)
+    batch = queries.shape[0]
+    queries, keys, values = (rearrange(heads, "b n l h d -> (b n) h l d") for heads in (queries, keys, values))
+    out = F.scaled_dot_product_attention(queries, keys, values)  # in 4 dimensions: only these have fused kernels
+    return rearrange(out, "(b n) h l d -> b n l h d", b=batch)
 
 
-class MultiAxisAttention(nn.Module):
-    """Blocked multi-axis self-attention (paper section 3.2, Algorithm 2): (B, G, P, C) -> (B, G, P, C).
+Axis = Literal["regional", "dilated"]
 
-    The first half of the heads is regional: it attends inside each block. The second half is dilated: it attends across
-    blocks, among pixels at the same position. Departure: Algorithm 2 gives the halves the other way round; this is the
-    official code's order. One output projection joins them.
+
+class SelfAttention(nn.Module):
+    """Self-attention along one or more axes of a blocked map: (B, G, P, C) -> (B, G, P, C) (section 3.2, Algorithm 2).
+
+    The heads are shared out evenly among `axes`, in their order. `regional` attends inside each block, `dilated` across
+    blocks, among pixels at the same position; the paper's multi-axis attention has both. Departure: Algorithm 2 gives
+    the first half of the heads the dilated one; this is the official code's order. One output projection joins them.
+    With `multi_query`, all heads share one head of keys and values (appendix A.1).
     """
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(
+        self, width: int, heads: int, axes: tuple[Axis, ...] = ("regional", "dilated"), multi_query: bool = True
+    ) -> None:
         super().__init__()
-        self.heads = heads
+        self.head_width = width // heads
+        self.axes = axes
+        shared = self.head_width if multi_query else width
         self.query = Linear(width, width)
-        self.key = Linear(width, width // heads)
-        self.value = Linear(width, width // heads)
+        self.key = Linear(width, shared)
+        self.value = Linear(width, shared)
         self.output = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        queries = rearrange(self.query(x), "b g p (h d) -> b g p h d", h=self.heads)
-        regional, dilated = queries.chunk(2, dim=3)
-        keys, values = self.key(x), self.value(x)
-        regional = _attend(regional, keys, values)
-        dilated = _attend(dilated.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)).transpose(1, 2)
-        return self.output(torch.cat([regional, dilated], dim=3).flatten(3))
+        queries, keys, values = (self._heads(project(x)) for project in (self.query, self.key, self.value))
+        parts = []
+        for number, axis in enumerate(self.axes):
+            part = tuple(self._share(heads, number) for heads in (queries, keys, values))
+            if axis == "regional":
+                parts.append(_attend(*part))
+            else:
+                parts.append(_attend(*(heads.transpose(1, 2) for heads in part)).transpose(1, 2))
+        return self.output(torch.cat(parts, dim=3).flatten(3))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return rearrange(x, "b g p (h d) -> b g p h d", d=self.head_width)
+
+    def _share(self, heads: Tensor, number: int) -> Tensor:
+        """The heads of one axis; a single head of keys or values serves all of them."""
+        return heads if heads.shape[3] == 1 else heads.chunk(len(self.axes), dim=3)[number]
 
 
 class CrossAttention(nn.Module):
     """Cross-attention of every pixel to the latent tokens (section 3.3): (B, ..., C), (B, T, D) -> (B, ..., C)."""
 
-    def __init__(self, width: int, heads: int, token_width: int) -> None:
+    def __init__(self, width: int, heads: int, token_width: int, multi_query: bool = True) -> None:
         super().__init__()
-        self.heads = heads
+        self.head_width = width // heads
+        shared = self.head_width if multi_query else width
         self.query = Linear(width, width)
-        self.key = Linear(token_width, width // heads)
-        self.value = Linear(token_width, width // heads)
+        self.key = Linear(token_width, shared)
+        self.value = Linear(token_width, shared)
         self.output = Linear(width, width)
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
-        queries = rearrange(self.query(x), "b ... (h d) -> b 1 (...) h d", h=self.heads)
-        out = _attend(queries, self.key(tokens).unsqueeze(1), self.value(tokens).unsqueeze(1))
-        return self.output(out.reshape(x.shape))
+        queries, keys, values = (
+            rearrange(heads, "b ... (h d) -> b 1 (...) h d", d=self.head_width)
+            for heads in (self.query(x), self.key(tokens), self.value(tokens))
+        )
+        return self.output(_attend(queries, keys, values).reshape(x.shape))
 
 
 class MLP(nn.Module):
@@ -172,9 +222,9 @@ class MLP(nn.Module):
     Departure: the paper says ReLU (appendix A.1); the official code uses the exact GELU.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, norm: Norm = "batch") -> None:
         super().__init__()
-        self.norm = BatchNorm(width)
+        self.norm = build_norm(norm, width)
         self.fc1 = Linear(width, 4 * width)
         self.fc2 = Linear(4 * width, width)
 
@@ -185,11 +235,18 @@ class MLP(nn.Module):
 class SelfAttentionBlock(nn.Module):
     """x + attention(norm(x)), then the MLP: (B, G, P, C) -> (B, G, P, C)."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        axes: tuple[Axis, ...] = ("regional", "dilated"),
+        multi_query: bool = True,
+        norm: Norm = "batch",
+    ) -> None:
         super().__init__()
-        self.norm = BatchNorm(width)
-        self.attention = MultiAxisAttention(width, heads)
-        self.mlp = MLP(width)
+        self.norm = build_norm(norm, width)
+        self.attention = SelfAttention(width, heads, axes, multi_query)
+        self.mlp = MLP(width, norm)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mlp(x + self.attention(self.norm(x)))
@@ -198,11 +255,13 @@ class SelfAttentionBlock(nn.Module):
 class CrossAttentionBlock(nn.Module):
     """x + attention(norm(x), tokens), then the MLP: (B, ..., C), (B, T, D) -> (B, ..., C)."""
 
-    def __init__(self, width: int, heads: int, token_width: int) -> None:
+    def __init__(
+        self, width: int, heads: int, token_width: int, multi_query: bool = True, norm: Norm = "batch"
+    ) -> None:
         super().__init__()
-        self.norm = BatchNorm(width)
-        self.attention = CrossAttention(width, heads, token_width)
-        self.mlp = MLP(width)
+        self.norm = build_norm(norm, width)
+        self.attention = CrossAttention(width, heads, token_width, multi_query)
+        self.mlp = MLP(width, norm)
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         return self.mlp(x + self.attention(self.norm(x), tokens))

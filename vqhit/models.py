@@ -1,11 +1,11 @@
-"""The two models: `VQHiT`, an image tokenizer, and `HiTGenerator`, a GAN generator on the same backbone.
+"""The models on HiT: `VQHiT`, an image tokenizer, and `HiTGenerator`, a GAN generator; and any model by its name.
 
 Composition and shapes only; training is elsewhere. Images are (B, 3, H, W) floats in [-1, 1].
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from PIL import Image
@@ -13,9 +13,11 @@ from pydantic import field_validator, model_validator
 from torch import Tensor, nn
 
 from vqhit import images as image_files
-from vqhit.config import Config, ConfigError, Count
+from vqhit.config import Config, ConfigError, Count, of_kind
+from vqhit.convnet import ConvNetGenerator, ConvNetGeneratorConfig
+from vqhit.generator import Generator
 from vqhit.hit import FIRST_SIZE, CodeStem, HiTBackbone, HiTConfig, NoiseStem, StemConfig
-from vqhit.hub import Pretrained
+from vqhit.hub import Pretrained, saved_class
 from vqhit.quantizer import Quantized, QuantizerConfig
 from vqhit.vector_quantize import build_quantizer
 from vqhit.vqgan import ConvDecoder, ConvDecoderConfig, Encoder, EncoderConfig
@@ -27,6 +29,7 @@ class VQHiTConfig(Config):
     The decoder is HiT, fed by a code stem, or, of kind `conv`, VQGAN's convolutional one: the baseline, without a stem.
     """
 
+    kind: Literal["vqhit"] = "vqhit"
     encoder: EncoderConfig
     quantizer: QuantizerConfig
     stem: StemConfig | None = None
@@ -36,15 +39,7 @@ class VQHiTConfig(Config):
     @field_validator("decoder", mode="before")
     @classmethod
     def _choose_decoder(cls, decoder: Any) -> Any:
-        if isinstance(decoder, HiTConfig | ConvDecoderConfig):
-            return decoder
-        if not (isinstance(decoder, Mapping) and all(isinstance(key, str) for key in decoder)):
-            raise ValueError(f"found {decoder!r}; a decoder is a mapping, of kind hit or conv")
-        kinds: dict[Any, type[HiTConfig | ConvDecoderConfig]] = {"hit": HiTConfig, "conv": ConvDecoderConfig}
-        kind = decoder.get("kind", "hit")
-        if not isinstance(kind, str) or kind not in kinds:
-            raise ConfigError([(("kind",), f"found {kind!r}; allowed: {', '.join(kinds)}")])
-        return kinds[kind](**decoder)
+        return of_kind(decoder, {"hit": HiTConfig, "conv": ConvDecoderConfig}, default="hit")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -89,6 +84,14 @@ class VQHiTConfig(Config):
     def image_size(self) -> int:
         """Height and width of the images in pixels."""
         return self.decoder.resolution
+
+    @property
+    def normalises_one_token(self) -> bool:
+        """Whether batch norm's statistics of one image would be those of a single latent token."""
+        decoder = self.decoder
+        if self.stem is None or isinstance(decoder, ConvDecoderConfig):
+            return False
+        return self.stem.latent_grid == 1 and decoder.norm == "batch" and decoder.cross_attention
 
     @property
     def token_grid(self) -> tuple[int, int]:
@@ -147,7 +150,7 @@ class VQHiT(Pretrained):
         else:
             assert config.stem is not None
             code_std = config.quantizer.code_std
-            self.stem = CodeStem(config.stem, config.token_grid[0], dim, config.decoder.widths, code_std)
+            self.stem = CodeStem(config.stem, config.decoder, config.token_grid[0], dim, code_std)
             self.backbone = HiTBackbone(config.decoder)
 
     @property
@@ -166,6 +169,11 @@ class VQHiT(Pretrained):
         if isinstance(self.config.decoder, ConvDecoderConfig):
             return self.post_quant_conv, self.decoder
         return self.stem, self.backbone
+
+    @property
+    def compiled_parts(self) -> list[nn.Module]:
+        """What `torch.compile` gets, each by itself: all but the codebook."""
+        return [self.encoder, *self.decoder_parts]
 
     @property
     def last_layer(self) -> nn.Linear | nn.Conv2d:
@@ -295,8 +303,14 @@ class VQHiT(Pretrained):
 class HiTGeneratorConfig(Config):
     """Length of the noise vector and the sizes of the HiT that it feeds."""
 
+    kind: Literal["hit_generator"] = "hit_generator"
     latent_dim: Count = 512
     backbone: HiTConfig
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images in pixels."""
+        return self.backbone.resolution
 
     @classmethod
     def preset(cls, name: str) -> Self:
@@ -305,7 +319,7 @@ class HiTGeneratorConfig(Config):
         return cls(latent_dim=256 if backbone.resolution == 128 else 512, backbone=backbone)
 
 
-class HiTGenerator(Pretrained):
+class HiTGenerator(Generator):
     """HiT as a GAN generator (paper section 3, Algorithm 1): noise (B, D) -> image (B, 3, H, W), unclamped."""
 
     config_class = HiTGeneratorConfig
@@ -314,10 +328,26 @@ class HiTGenerator(Pretrained):
     def __init__(self, config: HiTGeneratorConfig) -> None:
         super().__init__()
         self.config = config
-        self.stem = NoiseStem(config.latent_dim, config.backbone.widths[0])
+        self.stem = NoiseStem(config.latent_dim, config.backbone)
         self.backbone = HiTBackbone(config.backbone)
 
-    def forward(self, z: Tensor) -> Tensor:
-        if z.ndim != 2 or z.shape[1] != self.config.latent_dim:
-            raise ValueError(f"z is {tuple(z.shape)}; this model takes (B, {self.config.latent_dim})")
+    def _images(self, z: Tensor) -> Tensor:
         return self.backbone(*self.stem(z))
+
+
+def build_model(config: VQHiTConfig | HiTGeneratorConfig | ConvNetGeneratorConfig) -> VQHiT | Generator:
+    """The model of a configuration, freshly initialised."""
+    if isinstance(config, VQHiTConfig):
+        return VQHiT(config)
+    return HiTGenerator(config) if isinstance(config, HiTGeneratorConfig) else ConvNetGenerator(config)
+
+
+def load_model(
+    path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> VQHiT | Generator:
+    """Load a model of whatever class is in a folder; otherwise as `from_pretrained`."""
+    name = saved_class(path)
+    for model_class in (HiTGenerator, ConvNetGenerator):
+        if name == model_class.__name__:
+            return model_class.from_pretrained(path, device=device, dtype=dtype)
+    return VQHiT.from_pretrained(path, device=device, dtype=dtype)  # which refuses any other

@@ -77,13 +77,18 @@ def perceptual_network(
             raise ValueError(
                 "perceptual kind 'features' needs a network (perceptual_features) and a file of its weights"
             )
-        path = Path(weights).expanduser()
-        check_hash(path)
-        return FeatureDistance(features, _read_weights(path), str(path))
+        return feature_network(features, weights)
     path = (VGG16_CAFFE if kind == "vgg16" else VGG16_TORCHVISION).find(weights, key="loss.perceptual_weights")
     if kind == "vgg16":
         return FeatureDistance(_VGG16_CONV4_3, _read_weights(path), str(path))
     return LPIPS(_read_weights(path), str(path))
+
+
+def feature_network(config: FeaturesConfig, weights: Path | str) -> "FeatureDistance":
+    """Build any network of torchvision's with the weights in a file, frozen."""
+    path = Path(weights).expanduser()
+    check_hash(path)
+    return FeatureDistance(config, _read_weights(path), str(path))
 
 
 def check_image_size(perceptual: nn.Module, size: int) -> None:

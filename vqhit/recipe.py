@@ -1,24 +1,35 @@
 """The configuration file of a training run."""
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, Strict, model_validator
+from pydantic import Field, Strict, ValidationInfo, field_validator, model_validator
 
-from vqhit.config import Config, ConfigError, Count, Flag, NonNegativeInt, Positive, Text
+from vqhit.config import Config, ConfigError, Count, Flag, NonNegativeInt, Positive, Text, of_kind
+from vqhit.convnet import ConvNetGeneratorConfig
 from vqhit.data import DataConfig
 from vqhit.discriminator import STDDEV_GROUP, DiscriminatorConfig
 from vqhit.ema import EMAConfig
-from vqhit.evaluate import SSIM_WINDOW, EvalConfig
+from vqhit.evaluate import EvalConfig
 from vqhit.logs import LogConfig
-from vqhit.models import VQHiTConfig
-from vqhit.objective import LossConfig
+from vqhit.metrics import SSIM_WINDOW
+from vqhit.models import HiTGeneratorConfig, VQHiTConfig
+from vqhit.objective import GANLossConfig, LossConfig
 from vqhit.optimizer import OptimizerConfig
+from vqhit.perceptual import FeaturesConfig
+
+_MODELS: dict[str, type[Config]] = {
+    "vqhit": VQHiTConfig,
+    "hit_generator": HiTGeneratorConfig,
+    "convnet_generator": ConvNetGeneratorConfig,
+}
 
 # What may change between the start of a run and its continuation; anything else would make it another run.
 CHANGEABLE = (
     {"run_dir", "device", "loss.perceptual_weights", "eval"}
     | {f"data.{key}" for key in ("path", "max_bad", "workers", "cache_images")}
     | {f"eval.{key}" for key in EvalConfig.model_fields}
+    | {f"eval.features.{key}" for key in FeaturesConfig.model_fields}
     | {f"log.{key}" for key in LogConfig.model_fields}
     | {f"train.{key}_every" for key in ("log", "grid", "checkpoint", "keep")}
     | {f"train.{key}" for key in ("keep_checkpoints", "max_minutes", "timeout_minutes", "compile")}
@@ -35,11 +46,12 @@ class TrainConfig(Config):
     """Images that pass through the networks of a process at a time, to bound memory; the gradients of a batch
     accumulate."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 runs the autoencoder and the perceptual network under autocast; all else stays float32."""
+    """bfloat16 runs the autoencoder or generator and the perceptual network under autocast; all else stays float32."""
     allow_tf32: Flag = False
     """On CUDA, let float32 convolutions and matrix products (the discriminator's, R1's) round to TF32."""
     compile: Flag = False
-    """`torch.compile` the encoder, the decoder and the perceptual network (not D: R1 needs a second derivative)."""
+    """`torch.compile` the encoder, the decoder and the perceptual network, or the generator (not D: R1 needs a second
+    derivative)."""
     log_every: Count = 50
     grid_every: NonNegativeInt = 1000
     checkpoint_every: NonNegativeInt = 1000
@@ -50,11 +62,12 @@ class TrainConfig(Config):
     restart_codes_after: NonNegativeInt = 0
     """Move a code that no latent chose for this many steps onto a latent of the batch; 0 never does."""
     batch_norm_batches: NonNegativeInt = 0
-    """Micro-batches for HiT's batch norm statistics, taken before saving and evaluating; 0 keeps the running ones."""
+    """Micro-batches, of images or of noise, for batch norm's statistics, taken before saving and evaluating; 0 keeps
+    the running ones."""
     max_minutes: Positive | None = None
     """Stop, with a checkpoint, after this long in one go."""
     sync_batch_norm: Flag = True
-    """With several processes: take HiT's batch statistics over all of them (the official code: each its own)."""
+    """With several processes: take the model's batch statistics over all of them (the official code: each its own)."""
     timeout_minutes: Annotated[float, Strict(), Field(ge=0.1, le=10_000)] = 10.0
     """With several processes: give up on one that has not been heard of for this long."""
 
@@ -66,11 +79,14 @@ class RunConfig(Config):
     seed: NonNegativeInt = 0
     device: Text = "auto"
     """`auto` is CUDA if there is a device, else the CPU."""
-    model: VQHiTConfig
+    model: VQHiTConfig | HiTGeneratorConfig | ConvNetGeneratorConfig
+    """A tokenizer (`kind: vqhit`, the default), or a generator, which is trained as a GAN (`hit_generator`,
+    `convnet_generator`)."""
     discriminator: DiscriminatorConfig | None = None
-    """Needed for an adversarial term; its resolution is the model's."""
+    """Needed for a generator, and for an adversarial term; its resolution is the model's."""
     data: DataConfig
-    loss: LossConfig = Field(default_factory=LossConfig)
+    loss: LossConfig | GANLossConfig = Field(default=None, validate_default=True)
+    """Of a tokenizer, or of a generator."""
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     discriminator_optimizer: OptimizerConfig | None = None
     """By default the same as `optimizer`."""
@@ -81,27 +97,63 @@ class RunConfig(Config):
     """Without it, nothing is evaluated while training."""
     log: LogConfig = Field(default_factory=LogConfig)
 
+    @field_validator("model", mode="before")
+    @classmethod
+    def _choose_model(cls, model: Any) -> Any:
+        return of_kind(model, _MODELS, default="vqhit")
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _choose_loss(cls, loss: Any, info: ValidationInfo) -> Any:
+        """The kind of loss that the model needs; of a model that is refused, any, since one error is enough."""
+        if (model := info.data.get("model")) is None:
+            return LossConfig()
+        kind: type[Config] = LossConfig if isinstance(model, VQHiTConfig) else GANLossConfig
+        if loss is None or isinstance(loss, kind):
+            return loss or kind()
+        if not (isinstance(loss, Mapping) and all(isinstance(key, str) for key in loss)):
+            raise ValueError(f"found {loss!r}; expected a mapping")
+        return kind(**loss)
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.loss.adversarial and self.discriminator is None:
-            raise ValueError("loss.adversarial needs a discriminator: give its sizes under `discriminator`")
-        if self.discriminator is not None and self.discriminator.resolution != self.model.image_size:
+        model, resolution = self.model, self.model.image_size
+        if self.discriminator is None and self.trains_discriminator:
+            why = "loss.adversarial" if isinstance(self.loss, LossConfig) else f"a model of kind {model.kind}"
+            raise ValueError(f"{why} needs a discriminator: give its sizes under `discriminator`")
+        if self.discriminator is not None and self.discriminator.resolution != resolution:
             raise ValueError(
-                f"discriminator.resolution {self.discriminator.resolution}: the model's images are "
-                f"{self.model.image_size} px"
+                f"discriminator.resolution {self.discriminator.resolution}: the model's images are {resolution} px"
             )
-        if self.loss.consistency and not self.loss.adversarial:
-            raise ValueError("loss.consistency is a term of the discriminator: it needs loss.adversarial")
-        if self.train.restart_codes_after and self.model.quantizer.kind != "vq":
-            raise ValueError(
-                f"train.restart_codes_after moves codes of quantizer kind vq; this is {self.model.quantizer.kind}"
-            )
-        if self.eval is not None and self.model.image_size < SSIM_WINDOW:
-            raise ValueError(
-                f"eval: SSIM needs images of at least {SSIM_WINDOW} px; the model's are {self.model.image_size} px"
-            )
+        if isinstance(model, VQHiTConfig):
+            self._check_tokenizer(model)
+        else:
+            self._check_generator()
         self.images_at_a_time(processes=1)
         return self
+
+    def _check_tokenizer(self, model: VQHiTConfig) -> None:
+        if self.loss.consistency and not self.trains_discriminator:
+            raise ValueError("loss.consistency is a term of the discriminator: it needs loss.adversarial")
+        if self.train.restart_codes_after and model.quantizer.kind != "vq":
+            raise ValueError(
+                f"train.restart_codes_after moves codes of quantizer kind vq; this is {model.quantizer.kind}"
+            )
+        if self.eval is not None and model.image_size < SSIM_WINDOW:
+            raise ValueError(
+                f"eval: SSIM needs images of at least {SSIM_WINDOW} px; the model's are {model.image_size} px"
+            )
+
+    def _check_generator(self) -> None:
+        if self.train.restart_codes_after:
+            raise ValueError("train.restart_codes_after moves codes; a generator has none")
+        if self.eval is not None and self.eval.features is None:
+            raise ValueError("eval: a generator is measured by eval.features and eval.feature_weights; give both")
+
+    @property
+    def trains_discriminator(self) -> bool:
+        """Whether the loss has an adversarial term."""
+        return self.loss.adversarial > 0 if isinstance(self.loss, LossConfig) else True
 
     def images_at_a_time(self, processes: int) -> int:
         """Images that pass through the networks of each process at a time; raises `ConfigError` if that cannot be."""
@@ -111,7 +163,7 @@ class RunConfig(Config):
         share = batch // processes
         micro = min(self.train.micro_batch_size or share, share)
         sizes = {micro, share % micro} - {0}
-        if 1 in sizes and self.model.stem is not None and self.model.stem.latent_grid == 1:
+        if 1 in sizes and isinstance(self.model, VQHiTConfig) and self.model.normalises_one_token:
             raise ConfigError(
                 "model.stem.latent_grid 1: batch norm needs more than one token; no (micro-)batch may be one image"
             )

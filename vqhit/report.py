@@ -10,13 +10,17 @@ from pathlib import Path
 import torch
 
 from vqhit import distributed
-from vqhit.evaluate import measure
+from vqhit.evaluate import image_features, measure, sample_features
 from vqhit.feed import Feed, open_shared
 from vqhit.files import write_atomic
-from vqhit.folder import FolderSource
-from vqhit.images import compare_grid, from_uint8, to_uint8
+from vqhit.folder import DataError, FolderSource
+from vqhit.frechet import FeatureSums, frechet_distance
+from vqhit.generator import Generator
+from vqhit.images import compare_grid, from_uint8, image_grid, rows_of, to_uint8
+from vqhit.layers import in_eval_mode
 from vqhit.logs import LogConfig, Logs
-from vqhit.models import VQHiT
+from vqhit.models import VQHiT, VQHiTConfig
+from vqhit.perceptual import FeatureDistance, feature_network
 from vqhit.progress import say
 from vqhit.recipe import RunConfig
 from vqhit.runs import EVALUATIONS, METRICS, RunFolder
@@ -34,11 +38,20 @@ class Report:
     ) -> None:
         self.config, self.folder, self.feed, self.state = config, folder, feed, state
         self.micro_batch_size = micro_batch_size
-        self.device = state.model.quant_conv.weight.device
+        self.device = next(state.model.parameters()).device
         self.evaluated_on: ImageSource | None = None
         if config.eval is not None:
             kept = folder.eval_index if folder.exists() else None
             self.evaluated_on = open_shared(config.eval, "validation", kept)
+        self.features: FeatureDistance | None = None
+        """What the Fréchet distance is measured with, if it is."""
+        if config.eval is not None and config.eval.features is not None and config.eval.feature_weights is not None:
+            self.features = feature_network(config.eval.features, config.eval.feature_weights).to(self.device)
+            self.features.pooled_dim(config.model.image_size)  # raises now, and not at the first evaluation
+            assert self.evaluated_on is not None
+            if len(self.evaluated_on) < 2:
+                raise DataError(f"{config.eval.path}: one image; a Fréchet distance needs at least 2")
+        self._of_images: tuple[FeatureSums, list[str]] | None = None
         self._named: set[str] = set()
 
     def start(self) -> None:
@@ -64,10 +77,12 @@ class Report:
         }
         if not math.isnan(state.r1):
             record["r1"] = state.r1  # the latest, where it is computed every few steps
-        usage = state.usage.gather()
-        if int(usage.counts.sum()) >= self.feed.epoch_images * math.prod(config.model.token_grid):
-            record |= {"codebook_usage": usage.usage, "codebook_perplexity": usage.perplexity}
-            state.usage.counts.zero_()
+        if state.usage is not None:
+            assert isinstance(config.model, VQHiTConfig)
+            usage = state.usage.gather()
+            if int(usage.counts.sum()) >= self.feed.epoch_images * math.prod(config.model.token_grid):
+                record |= {"codebook_usage": usage.usage, "codebook_perplexity": usage.perplexity}
+                state.usage.counts.zero_()
         self._append(METRICS, record)
 
     def _append(self, file: str, record: dict[str, float]) -> None:
@@ -77,17 +92,21 @@ class Report:
 
     @torch.no_grad()
     def grid(self) -> None:
-        """Up to 16 training images above their reconstructions."""
+        """Up to 16 training images above their reconstructions, or 16 samples, always of the same noise."""
         if not distributed.is_first():
             return
-        if not len(originals := self.feed.shown(_GRID_IMAGES)):
-            return
         with self.evaluating() as model:
-            parts = from_uint8(originals).to(self.device).split(self.micro_batch_size)
-            reconstructions = torch.cat([to_uint8(model.reconstruct(part)).cpu() for part in parts])
+            if isinstance(model, VQHiT):
+                if not len(originals := self.feed.shown(_GRID_IMAGES)):
+                    return
+                parts = from_uint8(originals).to(self.device).split(self.micro_batch_size)
+                reconstructions = torch.cat([to_uint8(model.reconstruct(part)).cpu() for part in parts])
+                grid = compare_grid(list(zip(originals, reconstructions, strict=True)))
+            else:
+                samples = model.sample(_GRID_IMAGES, seed=self.config.seed, batch_size=self.micro_batch_size)
+                grid = image_grid(rows_of(to_uint8(samples).cpu()))
         grids = self.folder.path / "grids"
         grids.mkdir(exist_ok=True)
-        grid = compare_grid(list(zip(originals, reconstructions, strict=True)))
         grid.save(grids / f"step_{self.state.step:09d}.png")
         self.logs.picture("grids", grid, self.state.step)
 
@@ -97,25 +116,46 @@ class Report:
         assert config is not None
         assert self.evaluated_on is not None
         indices = evenly_spaced(len(self.evaluated_on), config.images)
+        workers = self.config.data.workers
         with self.evaluating() as model:
-            measured = measure(model, self.evaluated_on, indices, self.micro_batch_size, self.config.data.workers)
-        self._append(EVALUATIONS, {"step": self.state.step, **measured.result()})
-        for problem in measured.skipped:
+            if isinstance(model, VQHiT):
+                measured = measure(
+                    model, self.evaluated_on, indices, self.micro_batch_size, workers, network=self.features
+                )
+                found, skipped = measured.result(), measured.skipped
+            else:
+                assert self.features is not None
+                batch_size = self.micro_batch_size
+                if self._of_images is None:
+                    self._of_images = image_features(
+                        self.features,
+                        self.evaluated_on,
+                        indices,
+                        model.image_size,
+                        batch_size=batch_size,
+                        workers=workers,
+                    )
+                images, skipped = self._of_images
+                samples = sample_features(
+                    self.features, model, images.count, seed=self.config.seed, batch_size=batch_size
+                )
+                found = {
+                    "images": images.count,
+                    "skipped": len(skipped),
+                    "frechet_distance": frechet_distance(images, samples),
+                }
+        self._append(EVALUATIONS, {"step": self.state.step, **found})
+        for problem in skipped:
             if distributed.is_first() and problem not in self._named:
                 say(f"skipped in evaluation: {problem}", sys.stderr)
             self._named.add(problem)
 
     @contextmanager
-    def evaluating(self) -> Iterator[VQHiT]:
+    def evaluating(self) -> Iterator[VQHiT | Generator]:
         """The evaluated model in eval mode."""
         model = self.state.evaluated_model
-        training = model.training
-        model.eval()
-        try:
-            with torch.compiler.set_stance("force_eager"):
-                yield model
-        finally:
-            model.train(training)
+        with in_eval_mode(model), torch.compiler.set_stance("force_eager"):
+            yield model
 
 
 def _memory_mib(device: torch.device) -> dict[str, float]:

@@ -69,6 +69,7 @@ class RunFolder:
                 raise ConfigError(f"{error}: damaged, or of another version; put the run's own back") from None
             before, now = _flat(there.to_dict()), _flat(config.to_dict())
             changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+            changed.sort(key=lambda key: key != "model.kind")  # which explains all others
             if changed := [key for key in changed if key not in changeable]:
                 differences = ", ".join(f"{key}: {before.get(key)} there, {now.get(key)} now" for key in changed[:3])
                 raise ConfigError(f"run_dir {self.path} holds another run ({differences}); choose another run_dir")

@@ -14,9 +14,10 @@ from vqhit.config import ConfigError
 from vqhit.discriminator import Discriminator
 from vqhit.ema import EMA
 from vqhit.files import sha256, write_atomic
+from vqhit.generator import Generator
 from vqhit.layers import BatchNorm
-from vqhit.models import VQHiT
-from vqhit.objective import LossConfig
+from vqhit.models import VQHiT, build_model
+from vqhit.objective import GANLossConfig, LossConfig
 from vqhit.optimizer import Optimizer
 from vqhit.quantizer import Quantizer
 from vqhit.recipe import RunConfig
@@ -34,27 +35,28 @@ class TrainingState:
         self.perceptual_sha256 = _perceptual_sha256(config.loss)
         self.synchronized = config.train.sync_batch_norm
         torch.manual_seed(config.seed)
-        self.model = VQHiT(config.model).to(device).train()
+        self.model = build_model(config.model).to(device).train()
         for module in self.model.modules():
             if isinstance(module, BatchNorm):
                 module.synchronized = self.synchronized
         self.optimizers = {"model": Optimizer(self.model, config.optimizer, config.train.steps)}
         self.discriminator: Discriminator | None = None
-        if config.loss.adversarial and config.discriminator is not None:
+        if config.trains_discriminator and config.discriminator is not None:
             self.discriminator = Discriminator(config.discriminator).to(device)
             settings = config.discriminator_optimizer or config.optimizer
-            self.optimizers["discriminator"] = Optimizer(
-                self.discriminator, settings, config.train.steps, config.loss.discriminator_start_step
-            )
+            start = config.loss.discriminator_start_step if isinstance(config.loss, LossConfig) else 0
+            self.optimizers["discriminator"] = Optimizer(self.discriminator, settings, config.train.steps, start)
         self.ema = EMA(self.model, config.ema) if config.ema.decay else None
-        self.usage = CodebookUsage(self.model.codebook_size)
-        """Of this process, since the last epoch ended."""
+        self.usage: CodebookUsage | None = None
+        """Of a tokenizer, in this process, since the last epoch ended."""
         self.codebook: CodebookTraining | None = None
-        if isinstance(self.model.quantizer, Quantizer):
-            self.codebook = CodebookTraining(self.model.quantizer, config.train.restart_codes_after, config.seed)
+        if isinstance(self.model, VQHiT):
+            self.usage = CodebookUsage(self.model.codebook_size)
+            if isinstance(self.model.quantizer, Quantizer):
+                self.codebook = CodebookTraining(self.model.quantizer, config.train.restart_codes_after, config.seed)
 
     @property
-    def evaluated_model(self) -> VQHiT:
+    def evaluated_model(self) -> VQHiT | Generator:
         """The model that is evaluated and saved: the average if there is one."""
         return self.model if self.ema is None else self.ema.model
 
@@ -83,7 +85,7 @@ class TrainingState:
                 if buffer.is_floating_point():
                     distributed.mean(buffer)
 
-    def save(self, folder: Path, usage: CodebookUsage) -> None:
+    def save(self, folder: Path, usage: CodebookUsage | None) -> None:
         """Write all files of a checkpoint, as one process; `usage` is that of all."""
         self.evaluated_model.save_pretrained(folder)
         for name, module in self.modules().items():
@@ -94,10 +96,11 @@ class TrainingState:
         state = {
             "step": torch.tensor(self.step),
             "images": torch.tensor(self.images),
-            "usage_counts": usage.counts,
             "r1": torch.tensor(self.r1, dtype=torch.float64),
             "perceptual_sha256": self.perceptual_sha256,
         }
+        if usage is not None:
+            state["usage_counts"] = usage.counts
         if self.codebook is not None:
             state |= self.codebook.state_dict()
         _save_tensors(state, folder / "state.safetensors")
@@ -119,7 +122,7 @@ class TrainingState:
             optimizer.load_state_dict(load_file(folder / f"{name}_optimizer.safetensors"))
         state = load_file(folder / "state.safetensors")
         self.step, self.r1 = int(state["step"]), float(state["r1"])
-        if distributed.is_first():  # the counts are those of all processes
+        if self.usage is not None and distributed.is_first():  # the counts are those of all processes
             self.usage.counts = state["usage_counts"]
         if self.codebook is not None:
             self.codebook.load_state_dict(state)
@@ -132,8 +135,10 @@ class TrainingState:
             raise ConfigError("loss.perceptual_weights: another file than the run was started with")
 
 
-def _perceptual_sha256(loss: LossConfig) -> Tensor:
+def _perceptual_sha256(loss: LossConfig | GANLossConfig) -> Tensor:
     """Hash of the file of weights where the user alone decides what is in it, as bytes."""
+    if isinstance(loss, GANLossConfig):
+        return torch.empty(0, dtype=torch.uint8)
     if not loss.perceptual or loss.perceptual_network != "features" or loss.perceptual_weights is None:
         return torch.empty(0, dtype=torch.uint8)
     digest = sha256(Path(loss.perceptual_weights).expanduser())

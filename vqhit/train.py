@@ -7,9 +7,11 @@ command runs in several processes: each trains on its share of every batch, the 
 import math
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from signal import Signals
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,10 +23,12 @@ from vqhit.config import ConfigError
 from vqhit.distributed import SharedError, StopSignal
 from vqhit.feed import Feed
 from vqhit.folder import DataError
+from vqhit.generator import Generator, Purpose, draw_noise
 from vqhit.hub import select_device
 from vqhit.images import from_uint8
 from vqhit.layers import BatchNorm, reestimate_batch_norm
-from vqhit.objective import TokenizerObjective
+from vqhit.models import VQHiT, VQHiTOutput
+from vqhit.objective import GANLossConfig, GANObjective, LossConfig, TokenizerObjective
 from vqhit.perceptual import check_image_size, perceptual_network
 from vqhit.progress import ProgressBar, say
 from vqhit.recipe import CHANGEABLE, RunConfig
@@ -32,9 +36,14 @@ from vqhit.report import Report
 from vqhit.runs import SKIPPED, RunFolder
 from vqhit.state import TrainingState
 
+_AUGMENTATION = 3  # 0 to 2 are those of data.py: they keep the draws of one seed apart
+
 
 class Trainer:
-    """Trains a tokenizer as its configuration says; raises `ConfigError` or `ValueError` before the first step."""
+    """Trains a tokenizer or a generator as its configuration says.
+
+    Raises `ConfigError` or `ValueError` before the first step.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -43,30 +52,39 @@ class Trainer:
         self.processes = distributed.world_size()
         self.micro_batch_size = distributed.on_first(lambda: config.images_at_a_time(self.processes))
         self.feed = Feed(config, self.folder)
-        loss, train = config.loss, config.train
-        perceptual: torch.nn.Module | None = None
-        if loss.perceptual:
-            with distributed.first_here():
-                perceptual = perceptual_network(
-                    loss.perceptual_network, loss.perceptual_weights, loss.perceptual_features
-                )
-            check_image_size(perceptual.to(self.device), config.model.image_size)
         if self.device.type == "cuda":
-            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = train.allow_tf32
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.train.allow_tf32
+        perceptual = self._perceptual()
         self.state = TrainingState(config, self.device)
-        if train.compile:  # after the average's copy, which is not compiled
-            self.state.model.encoder.compile()
-            for part in self.state.model.decoder_parts:
-                part.compile()
-            if perceptual is not None:
-                perceptual.compile()
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=train.precision == "bfloat16")
-        self.objective = TokenizerObjective(loss, self.state.model, self.state.discriminator, perceptual, autocast)
+        self.objective = self._objective(perceptual)
         self.stopped_by: Signals | None = None
         """The signal that ended `run`, if one did."""
         self.report = Report(config, self.folder, self.feed, self.state, self.micro_batch_size)
         self._settled_at = -1
         self._claim()
+
+    def _perceptual(self) -> torch.nn.Module | None:
+        loss = self.config.loss
+        if isinstance(loss, GANLossConfig) or not loss.perceptual:
+            return None
+        with distributed.first_here():
+            network = perceptual_network(loss.perceptual_network, loss.perceptual_weights, loss.perceptual_features)
+        check_image_size(network.to(self.device), self.config.model.image_size)
+        return network
+
+    def _objective(self, perceptual: torch.nn.Module | None) -> TokenizerObjective | GANObjective:
+        """The losses of the model, whose parts are compiled after the average's copy was made, which is not."""
+        loss, state, train = self.config.loss, self.state, self.config.train
+        if train.compile:
+            for part in [*state.model.compiled_parts, *([] if perceptual is None else [perceptual])]:
+                part.compile()
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=train.precision == "bfloat16")
+        if isinstance(loss, LossConfig):
+            assert isinstance(state.model, VQHiT)
+            return TokenizerObjective(loss, state.model, state.discriminator, perceptual, autocast)
+        assert isinstance(state.model, Generator)
+        assert state.discriminator is not None
+        return GANObjective(loss, state.model, state.discriminator, autocast)
 
     def _claim(self) -> None:
         """Lock the run's folder, continue from its newest checkpoint if there is one, write what a run starts with."""
@@ -120,7 +138,7 @@ class Trainer:
                 if grid:
                     self.report.grid()
                 if evaluation:
-                    self.report.evaluate()
+                    self._evaluate()
                 if save:
                     self._save()
                 if stop:
@@ -135,23 +153,25 @@ class Trainer:
     def train_step(self, images: Tensor) -> dict[str, float]:
         """One update of all networks from this process's share of a batch, (B, 3, H, W) in [-1, 1].
 
-        Returns what `TokenizerObjective.backward` found, averaged over the micro-batches and processes, and the norms
+        Returns what the objective found, averaged over the micro-batches and processes, and the norms
         of the gradients. Raises `ValueError`, before any weight is updated, for a loss or a gradient that is not
         finite, in all processes alike.
         """
         state = self.state
         for optimizer in state.optimizers.values():
             optimizer.zero_grad()
-        latents: list[Tensor] = []
-        tokens: list[Tensor] = []
+        outputs: list[VQHiTOutput] = []
         sums: dict[str, Tensor] = {}
         for start in range(0, len(images), self.micro_batch_size):
             part = slice(start, min(start + self.micro_batch_size, len(images)))
-            share = (part.stop - start) / len(images)
+            share, place = (part.stop - start) / len(images), self._place(part, len(images))
             with self._graph_kept():
-                output, found = self.objective.backward(images[part], state.step, share, self._draws(part, len(images)))
-            latents.append(output.latents)
-            tokens.append(output.tokens)
+                if isinstance(self.objective, GANObjective):
+                    noise = self._noise(Purpose.TRAINING_STEP, state.step, place)
+                    found = self.objective.backward(images[part], noise, state.step, share, self._augmentations(place))
+                else:
+                    output, found = self.objective.backward(images[part], state.step, share, self._augmentations(place))
+                    outputs.append(output)
             sums = {name: share * value + sums.get(name, 0) for name, value in found.items()}
         values = self._averaged(sums)
         for optimizer in state.optimizers.values():
@@ -162,25 +182,34 @@ class Trainer:
             raise self._not_finite(str(error)) from None
         for optimizer in state.optimizers.values():
             optimizer.step(state.step)
-        self._update_codebook(torch.cat(latents), torch.cat(tokens))
+        if outputs:
+            self._update_codebook(outputs)
         state.step += 1
         if state.ema is not None:
             state.ema.update(state.model, state.step)
         state.r1 = values.get("r1", state.r1)
         return values | norms
 
-    def _draws(self, part: slice, share: int) -> tuple[Draws, Draws] | None:
-        """Augmentations of some images of this process's share, drawn for the whole batch from (seed, step)."""
+    def _place(self, part: slice, share: int) -> "_Place":
+        """Where a part of this process's share of a batch stands in all of it."""
+        first = distributed.rank() * share
+        return _Place(slice(first + part.start, first + part.stop), share * self.processes)
+
+    def _augmentations(self, place: "_Place") -> tuple[Draws, Draws] | None:
+        """Of some images and of what the model makes, drawn for the whole batch from (seed, step)."""
         if not self.config.loss.consistency:
             return None
-        size, first = self.config.model.image_size, distributed.rank() * share
-        mine = slice(first + part.start, first + part.stop)
-        words = np.random.SeedSequence((self.config.seed, 3, self.state.step)).generate_state(2)
+        size = self.config.model.image_size
+        words = np.random.SeedSequence((self.config.seed, _AUGMENTATION, self.state.step)).generate_state(2)
         generators = (torch.Generator().manual_seed(int(word)) for word in words)
-        images, reconstructions = (
-            draw(share * self.processes, size, size, generator=generator).part(mine) for generator in generators
-        )
-        return images, reconstructions
+        images, fakes = (draw(place.batch, size, size, generator=each).part(place.images) for each in generators)
+        return images, fakes
+
+    def _noise(self, purpose: Purpose, number: int, place: "_Place") -> Tensor:
+        """Noise of some images, drawn for the whole batch from (seed, purpose, number)."""
+        assert isinstance(self.state.model, Generator)
+        noise = draw_noise(self.config.seed, purpose, number, place.batch, self.state.model.latent_dim)
+        return noise[place.images].to(self.device)
 
     def _averaged(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Means over the processes as numbers; raises if one of them is not finite, and says in which process."""
@@ -200,13 +229,15 @@ class Trainer:
 
     def _graph_kept(self) -> AbstractContextManager[None]:
         """With the adaptive weight, gradients pass backward through the compiled decoder more than once."""
-        if self.config.train.compile and self.config.loss.adaptive:
+        if self.config.train.compile and isinstance(self.config.loss, LossConfig) and self.config.loss.adaptive:
             return torch._functorch.config.patch(donated_buffer=False)
         return nullcontext()
 
-    def _update_codebook(self, latents: Tensor, tokens: Tensor) -> None:
+    def _update_codebook(self, outputs: list[VQHiTOutput]) -> None:
         """Count the codes of the whole batch, then what `CodebookTraining` does; a moved code has no past."""
         state = self.state
+        latents, tokens = (torch.cat(parts) for parts in zip(*((o.latents, o.tokens) for o in outputs), strict=True))
+        assert state.usage is not None
         state.usage.update(tokens)
         if state.codebook is None:
             return
@@ -245,7 +276,7 @@ class Trainer:
         state, train = self.state, self.config.train
         self._settle_batch_norm()
         state.check_processes()
-        usage = state.usage.gather()
+        usage = None if state.usage is None else state.usage.gather()
         about = {"config": self.config.to_dict(), "vqhit": __version__, "torch": torch.__version__}
 
         def write() -> None:
@@ -256,18 +287,41 @@ class Trainer:
         distributed.on_first(write)
         self._saved_at = state.step
 
+    def _evaluate(self) -> None:
+        try:
+            self.report.evaluate()
+        except DataError:  # no image can be read any more: what was trained must not be lost
+            self._save()
+            raise
+
     def _settle_batch_norm(self) -> None:
-        """Statistics of the weights as they are, over the first micro-batches of the run's order."""
+        """Batch norm's statistics of the weights as they are."""
         if self._settled_at == self.state.step:
             return
         count = self.config.train.batch_norm_batches
         if count and any(isinstance(module, BatchNorm) for module in self.state.model.modules()):
-            batches = self.feed.first_batches(count, self.micro_batch_size)
-            images = (from_uint8(batch.images.to(self.device)) for batch in batches)
             with torch.compiler.set_stance("force_eager"):  # not worth code of its own
-                reestimate_batch_norm(self.state.evaluated_model, images)
+                reestimate_batch_norm(self.state.evaluated_model, self._statistics_inputs(count))
         self.state.share_statistics()
         self._settled_at = self.state.step
+
+    def _statistics_inputs(self, count: int) -> Iterator[Tensor]:
+        """The first micro-batches of the run's order, or as many of noise."""
+        if isinstance(self.state.model, Generator):
+            place = self._place(slice(0, self.micro_batch_size), self.micro_batch_size)
+            for number in range(count):
+                yield self._noise(Purpose.BATCH_NORM_STATISTICS, number, place)
+        else:
+            for batch in self.feed.first_batches(count, self.micro_batch_size):
+                yield from_uint8(batch.images.to(self.device))
+
+
+class _Place(NamedTuple):
+    """Some images of a batch over all processes."""
+
+    images: slice
+    batch: int
+    """Size of that batch."""
 
 
 def _due(step: int, every: int) -> bool:

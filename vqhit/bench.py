@@ -1,0 +1,167 @@
+"""Speed of models, side by side: one process, in turns, medians with their spread, the paper's numbers beside ours."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from vqhit import __version__
+from vqhit.hit import HiTConfig
+from vqhit.models import HiTGenerator, HiTGeneratorConfig
+from vqhit.progress import ProgressBar
+
+
+class Published(NamedTuple):
+    """What the paper says of a generator."""
+
+    table: str
+    millions: float
+    """Parameters."""
+    images_per_s: float | None
+    """On one V100; None where it says out of memory."""
+
+
+def _of(preset: str, **changes: Any) -> HiTGeneratorConfig:
+    config = HiTGeneratorConfig.preset(preset)
+    backbone = HiTConfig(**{**config.backbone.to_dict(), **changes})
+    return HiTGeneratorConfig(latent_dim=config.latent_dim, backbone=backbone)
+
+
+def paper_generators() -> dict[str, tuple[HiTGeneratorConfig, Published]]:
+    """The generators of Table 4, and the variants of hit-l-128 of Tables 5 and 6; names say what is not the default.
+
+    In Table 5 one number of images/s stands for the blocked, interleaved and unbalanced rows together.
+    """
+    unblocked: tuple[None, ...] = (None,) * 4
+    return {
+        "hit-s-256": (_of("hit-s-256"), Published("4", 38.01, 86.64)),
+        "hit-b-256": (_of("hit-b-256"), Published("4", 46.22, 52.09)),
+        "hit-l-256": (_of("hit-l-256"), Published("4", 97.46, 20.67)),
+        "hit-l-128": (_of("hit-l-128"), Published("5, 6", 67.60, 75.33)),
+        "INR": (_of("hit-l-128", block_sizes=(), cross_attention=False), Published("5", 42.68, 110.39)),
+        "cross-attention only": (_of("hit-l-128", block_sizes=()), Published("5, 6", 61.55, 82.67)),
+        "full attention": (_of("hit-l-128", attention="full", block_sizes=unblocked), Published("5", 67.60, None)),
+        "axial attention": (_of("hit-l-128", attention="axial", block_sizes=unblocked), Published("5", 67.60, 74.21)),
+        "blocked attention": (_of("hit-l-128", attention="blocked"), Published("5", 67.60, 75.54)),
+        "interleaved attention": (_of("hit-l-128", attention="interleaved"), Published("5", 67.60, 75.54)),
+        "multi-axis, unbalanced": (_of("hit-l-128", block_sizes=(8, 8, 8, 8)), Published("5", 67.60, 75.54)),
+        "attention in 1 stage": (_of("hit-l-128", block_sizes=(4,)), Published("6", 66.01, 80.88)),
+        "attention in 2 stages": (_of("hit-l-128", block_sizes=(4, 4)), Published("6", 67.19, 80.22)),
+        "attention in 3 stages": (_of("hit-l-128", block_sizes=(4, 4, 8)), Published("6", 67.52, 78.06)),
+    }
+
+
+def bench_generators(*, device: torch.device, batch_size: int = 4, rounds: int = 5) -> dict[str, Any]:
+    """Images/s of the paper's generators with random weights: eager, float32, eval mode, TF32 as torch has it.
+
+    Each round runs every model once, in turns; the first round is not counted. Returns a dict for
+    JSON: `generators`, a dict each, and `protocol`. `relative` is to hit-b-256 or hit-l-128, by resolution, and so is
+    `paper_relative`.
+    """
+    for name, number, least in (("batch_size", batch_size, 1), ("rounds", rounds, 1)):
+        if number < least:
+            raise ValueError(f"{name} is {number}; allowed: {least} or more")
+    chosen = paper_generators()
+    torch.manual_seed(0)
+    models = {name: HiTGenerator(config).eval().to(device) for name, (config, _) in chosen.items()}
+    with ProgressBar("bench", len(models) * (rounds + 1)) as bar:
+        seconds = time_in_turns(
+            {name: _forward(model, batch_size) for name, model in models.items()},
+            rounds,
+            device,
+            on_done=lambda: bar.advance(batch_size),
+        )
+    rows: list[dict[str, Any]] = []
+    for name, (config, published) in chosen.items():
+        times = seconds[name]
+        rows.append(
+            {
+                "name": name,
+                "resolution": config.image_size,
+                "parameters_millions": round(sum(p.numel() for p in models[name].parameters()) / 1e6, 2),
+                "gflops": round(gflops(config), 2),
+                "images_per_s": batch_size / statistics.median(times),
+                "images_per_s_lowest": batch_size / max(times),
+                "images_per_s_highest": batch_size / min(times),
+                "paper_table": published.table,
+                "paper_parameters_millions": published.millions,
+                "paper_images_per_s": published.images_per_s,
+            }
+        )
+    for row in rows:
+        base = next(other for other in rows if other["name"] == _BASES[row["resolution"]])
+        row["relative"] = row["images_per_s"] / base["images_per_s"]
+        paper = row["paper_images_per_s"]
+        row["paper_relative"] = None if paper is None else paper / base["paper_images_per_s"]
+    return {"generators": rows, "protocol": _protocol(device, batch_size, rounds)}
+
+
+_BASES = {256: "hit-b-256", 128: "hit-l-128"}
+
+
+def _forward(model: HiTGenerator, batch_size: int) -> Callable[[], None]:
+    z = torch.randn(batch_size, model.latent_dim).to(next(model.parameters()))
+
+    @torch.no_grad()
+    def run() -> None:
+        model(z)
+
+    return run
+
+
+def time_in_turns(
+    parts: dict[str, Callable[[], None]],
+    rounds: int,
+    device: torch.device,
+    on_done: Callable[[], None] = lambda: None,
+) -> dict[str, list[float]]:
+    """Seconds of each part in each round, A B C A B C ...; a first round that warms up is left out."""
+    seconds: dict[str, list[float]] = {name: [] for name in parts}
+    for counted in (False, *([True] * rounds)):
+        for name, part in parts.items():
+            started = time.perf_counter()
+            part()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if counted:
+                seconds[name].append(time.perf_counter() - started)
+            on_done()
+    return seconds
+
+
+def gflops(config: HiTGeneratorConfig) -> float:
+    """Counted arithmetic of one image in GFLOPs, two per multiply-add: matrix products, attention's included."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        HiTGenerator(config).eval()(torch.empty(1, config.latent_dim))
+    return counter.get_total_flops() / 1e9
+
+
+def _protocol(device: torch.device, batch_size: int, rounds: int) -> dict[str, Any]:
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "batch_size": batch_size,
+        "rounds": rounds,
+        "order": "in turns, after one round that is not counted; medians",
+        "mode": "eager, eval, float32, random weights",
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "paper": "one V100; batch size and precision not stated",
+        "vqhit": __version__,
+        "torch": torch.__version__,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # no Linux
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
