@@ -188,9 +188,9 @@ def test_a_convolutional_decoder_takes_the_place_of_hits(conv_config, tmp_path):
             r"decoder.attention_resolutions: found \[15\]; the maps are 256, 128",
         ),
         ({"decoder": {"kind": "conv", "width": 64}}, "decoder.width: unknown key; allowed: channels"),
-        ({"decoder": 5}, "decoder: found 5; a decoder is a mapping, of kind hit or conv"),
-        ({"decoder": {1: 2}}, "decoder: found {1: 2}; a decoder is a mapping, of kind hit or conv"),
-        ({"decoder": None}, "decoder: found None; a decoder is a mapping, of kind hit or conv"),
+        ({"decoder": 5}, "decoder: found 5; expected a mapping, of kind hit, conv"),
+        ({"decoder": {1: 2}}, "decoder: found {1: 2}; expected a mapping, of kind hit, conv"),
+        ({"decoder": None}, "decoder: found None; expected a mapping, of kind hit, conv"),
     ],
 )
 def test_convolutional_decoders_that_do_not_fit_are_named(conv_config, change, message):

@@ -60,7 +60,7 @@ def paper_generators() -> dict[str, tuple[HiTGeneratorConfig, Published]]:
 def bench_generators(*, device: torch.device, batch_size: int = 4, rounds: int = 5) -> dict[str, Any]:
     """Images/s of the paper's generators with random weights: eager, float32, eval mode, TF32 as torch has it.
 
-    Each round runs every model once, in turns; the first round is not counted. Returns a dict for
+    Each round times one run of every model, in turns. Returns a dict for
     JSON: `generators`, a dict each, and `protocol`. `relative` is to hit-b-256 or hit-l-128, by resolution, and so is
     `paper_relative`.
     """
@@ -70,12 +70,12 @@ def bench_generators(*, device: torch.device, batch_size: int = 4, rounds: int =
     chosen = paper_generators()
     torch.manual_seed(0)
     models = {name: HiTGenerator(config).eval().to(device) for name, (config, _) in chosen.items()}
-    with ProgressBar("bench", len(models) * (rounds + 1)) as bar:
+    with ProgressBar("bench", len(models) * rounds) as bar:
         seconds = time_in_turns(
             {name: _forward(model, batch_size) for name, model in models.items()},
             rounds,
             device,
-            on_done=lambda: bar.advance(batch_size),
+            on_done=lambda: bar.advance(2 * batch_size),
         )
     rows: list[dict[str, Any]] = []
     for name, (config, published) in chosen.items():
@@ -121,18 +121,26 @@ def time_in_turns(
     device: torch.device,
     on_done: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds of each part in each round, A B C A B C ...; a first round that warms up is left out."""
+    """Seconds of each part in each round, A B C A B C ...
+
+    Each part runs once before it is timed, so that what the part before it left in caches and memory is not measured.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in parts}
-    for counted in (False, *([True] * rounds)):
+    for _ in range(rounds):
         for name, part in parts.items():
+            part()
+            _wait(device)
             started = time.perf_counter()
             part()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if counted:
-                seconds[name].append(time.perf_counter() - started)
+            _wait(device)
+            seconds[name].append(time.perf_counter() - started)
             on_done()
     return seconds
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def gflops(config: HiTGeneratorConfig) -> float:
@@ -149,7 +157,7 @@ def _protocol(device: torch.device, batch_size: int, rounds: int) -> dict[str, A
         "cores": os.cpu_count(),
         "batch_size": batch_size,
         "rounds": rounds,
-        "order": "in turns, after one round that is not counted; medians",
+        "order": "in turns, each after a run that is not counted; medians",
         "mode": "eager, eval, float32, random weights",
         "tf32": torch.backends.cuda.matmul.allow_tf32,
         "paper": "one V100; batch size and precision not stated",

@@ -245,6 +245,10 @@ def evaluate(
     print(f"{out}: the same, with the protocol")
 
 
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
 def _table(title: str, rows: list[dict[str, str]]) -> Any:
     """A table of rows with the same columns."""
     from rich import box
@@ -315,7 +319,7 @@ def bench(
     what: Annotated[str, typer.Argument(help="generators: those of the paper's Tables 4, 5 and 6.")],
     out: Annotated[Path, typer.Option("--out", help="JSON file to write.")] = Path("bench.json"),
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 4,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Times that each model runs.")] = 5,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Times that each model is timed.")] = 5,
     device: Device = "auto",
 ) -> None:
     """Time models side by side: one process, in turns, random weights; the paper's numbers beside ours.
@@ -338,14 +342,13 @@ def bench(
     rows = [
         {
             "generator": row["name"],
-            "px": str(row["resolution"]),
-            "M params\n(paper)": f"{row['parameters_millions']:.2f} ({row['paper_parameters_millions']:.2f})",
-            "GFLOPs": f"{row['gflops']:.2f}",
-            "images/s\n(range)": f"{row['images_per_s']:.2f} "
-            f"({row['images_per_s_lowest']:.2f}-{row['images_per_s_highest']:.2f})",
+            "M para-\nmeters": f"{row['parameters_millions']:.2f}",
+            "paper": f"{row['paper_parameters_millions']:.2f}",
+            "GFLOPs": f"{row['gflops']:.1f}",
+            "images/s": f"{row['images_per_s']:.2f}",
             "of\nbase": f"{row['relative']:.2f}",
-            "V100,\npaper": "-" if row["paper_images_per_s"] is None else f"{row['paper_images_per_s']:.2f}",
-            "paper,\nof base": "-" if row["paper_relative"] is None else f"{row['paper_relative']:.2f}",
+            "V100,\npaper": _number(row["paper_images_per_s"]),
+            "of base,\npaper": _number(row["paper_relative"]),
         }
         for row in results["generators"]
     ]
