@@ -345,10 +345,10 @@ def bench(
             "M para-\nmeters": f"{row['parameters_millions']:.2f}",
             "paper": f"{row['paper_parameters_millions']:.2f}",
             "GFLOPs": f"{row['gflops']:.1f}",
-            "images/s": f"{row['images_per_s']:.2f}",
-            "of\nbase": f"{row['relative']:.2f}",
-            "V100,\npaper": _number(row["paper_images_per_s"]),
-            "of base,\npaper": _number(row["paper_relative"]),
+            "images\n/s": f"{row['images_per_s']:.2f}",
+            "ratio": f"{row['relative']:.2f}",
+            "V100": _number(row["paper_images_per_s"]),
+            "V100\nratio": _number(row["paper_relative"]),
         }
         for row in results["generators"]
     ]
