@@ -7,6 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.inception import known_as_published, write_random_inception
+from vqhit import extractors
 from vqhit.hit import HiTConfig, StemConfig
 from vqhit.models import HiTGeneratorConfig, VQHiT, VQHiTConfig
 from vqhit.quantizer import QuantizerConfig
@@ -54,6 +56,34 @@ def tiny_generator_config():
 def tiny_model(tiny_config):
     torch.manual_seed(0)
     return VQHiT(tiny_config).eval()
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory):
+    """The weights of a randomly initialised Inception."""
+    path = tmp_path_factory.mktemp("weights") / "inception.pth"
+    write_random_inception(path)
+    return path
+
+
+@pytest.fixture
+def inception(inception_file, monkeypatch):
+    """The same, taken for the published one."""
+    monkeypatch.setattr(extractors, "INCEPTION", known_as_published(inception_file))
+    return inception_file
+
+
+@pytest.fixture
+def no_downloads(tmp_path, monkeypatch):
+    """An empty cache of torchvision's, and no network: returns the cache's folder."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+
+    def refuse(url, *_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    return tmp_path / "torch" / "hub" / "checkpoints"
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from torchvision import models
 
 from vqhit import HiTGenerator, VQHiT
 from vqhit.cli import main
-from vqhit.files import sha256
+from vqhit.files import KnownFile, sha256
 from vqhit.images import to_uint8, uint8_to_pil
 from vqhit.recipe import RunConfig
 
@@ -56,7 +56,7 @@ def fails(result, *parts):
         assert part in line
 
 
-@pytest.mark.parametrize("command", ["demo", "prepare", "train", "eval", "sample", "bench", "reconstruct"])
+@pytest.mark.parametrize("command", ["demo", "prepare", "train", "eval", "sample", "bench", "doctor", "reconstruct"])
 def test_every_command_has_help_with_an_example(command):
     result = vqhit(command, "--help")
     assert result.returncode == 0
@@ -86,7 +86,8 @@ def test_train_eval_and_reconstruct_one_after_the_other(tiny_config, photo_folde
     assert "train 4/4: loss " in second.stdout
     assert "images/s" in second.stdout
 
-    evaluated = vqhit("eval", "--model", "run/model", "--data", photo_folder, cwd=tmp_path)
+    quick = ("--metrics", "psnr,ssim,codebook")
+    evaluated = vqhit("eval", "--model", "run/model", "--data", photo_folder, *quick, cwd=tmp_path)
     assert evaluated.returncode == 0, evaluated.stderr
     results = json.loads((tmp_path / "eval.json").read_text())
     assert results["images"] == 6
@@ -133,7 +134,7 @@ def test_a_photograph_is_never_overwritten(model_folder, tmp_path, picture):
 
 def test_paths_may_look_like_markup(model_folder, photo_folder, tmp_path):
     photo_folder.rename(tmp_path / "ph [bold] x")
-    result = vqhit("eval", "--model", "model", "--data", "ph [bold] x", cwd=tmp_path)
+    result = vqhit("eval", "--model", "model", "--data", "ph [bold] x", "--metrics", "psnr", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "ph [bold] x" in result.stdout
 
@@ -143,7 +144,7 @@ def test_user_mistakes_are_one_line_each(inside, model_folder, photo_folder, tmp
     fails(inside("eval", "--model", model_folder, "--data", "empty", cwd=tmp_path), "empty: no such folder, and no id")
     fails(
         inside("eval", "--model", model_folder, "--data", photo_folder, "--out", tmp_path, cwd=tmp_path),
-        "--out is the JSON file",
+        "a folder; expected the name of a file",
     )
     fails(inside("train", "absent.yaml", cwd=tmp_path), "absent.yaml: no such file")
     demo = Path(__file__).parent.parent / "configs" / "demo.yaml"
@@ -151,23 +152,76 @@ def test_user_mistakes_are_one_line_each(inside, model_folder, photo_folder, tmp
     fails(inside("train", demo, "data.path=nowhere", cwd=tmp_path), "nowhere: no such folder, and no id")
     fails(inside("demo", "train.steps=5", cwd=tmp_path), "'train.steps=5' changes a training run; add --train")
     fails(inside("demo", "--out", model_folder / "config.json", cwd=tmp_path), "config.json: a file; --out is a folder")
-    lone = ("eval", "--model", model_folder, "--data", photo_folder, "--features", "features.yaml")
-    fails(inside(*lone, cwd=tmp_path), "--feature-weights is missing: a Fréchet distance needs both")
+    given = ("eval", "--model", model_folder, "--data", photo_folder)
+    for options, message in (
+        (("--features", "w.pth"), "--features-kind is missing"),
+        (("--features-kind", "squeezenet1_1"), "--features is missing"),
+        (("--features", "w.pth", "--features-kind", "resnet"), "features kind 'resnet': allowed: squeezenet1_1, vgg16"),
+        (("--metrics", "psnr,fvd"), "metrics"),
+        (("--metrics", "fid"), "metric 'fid': not of a tokenizer; allowed: rfid, is, psnr, ssim, lpips, codebook"),
+        (("--metrics", "rfid", "--inception", "absent.pth"), "absent.pth: no such file"),
+        (("--metrics", "rfid", "--inception", model_folder / "config.json"), "config.json: another file, or damaged"),
+        (("--images", photo_folder), "both given: one of --model and --images is needed"),
+        (("--reference", photo_folder), "--reference goes with --images"),
+        (("--save-stats", photo_folder), "a folder; expected the name of a file"),
+        (("--metrics", "psnr", "--stats", "absent.npz"), "stats: no metric that is measured"),
+    ):
+        fails(inside(*given, *options, cwd=tmp_path), message)
+    fails(inside("eval", cwd=tmp_path), "nothing to measure: one of --model and --images is needed")
+    fails(inside("eval", "--model", model_folder, cwd=tmp_path), "--data is missing: the images to reconstruct")
     assert not (tmp_path / "demo").exists()
     assert not (tmp_path / "eval.json").exists()
 
 
-def test_evaluation_with_a_frechet_distance_names_model_and_network(inside, model_folder, photo_folder, tmp_path):
+def test_evaluation_with_another_network_names_it_and_is_not_fid(inside, model_folder, photo_folder, tmp_path):
     save_file(models.squeezenet1_1(weights=None).features.state_dict(prefix="features."), tmp_path / "w.safetensors")
     (tmp_path / "features.yaml").write_text("network: squeezenet1_1\nlayers: [4]\n")
-    given = ("--features", "features.yaml", "--feature-weights", "w.safetensors")
+    given = ("--features", "w.safetensors", "--features-kind", "features.yaml", "--metrics", "rfid,psnr,codebook")
     result = inside("eval", "--model", model_folder, "--data", photo_folder, *given, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "Fréchet" in result.stdout
+    assert "FID" not in result.stdout
     results = json.loads((tmp_path / "eval.json").read_text())
     assert results["frechet_distance"] > 0
+    assert "rfid" not in results
     assert results["model_sha256"] == sha256(model_folder / "model.safetensors")
-    assert results["protocol"]["frechet_distance"]["layers"] == [4]
+    assert results["protocol"]["network"]["layers"] == [4]
+    assert Image.open(tmp_path / "eval_codebook.png").format == "PNG"
+
+
+def test_fid_of_pictures_with_its_network_from_a_path(inside, inception, photo_folder, tmp_path, picture):
+    (tmp_path / "made").mkdir()
+    for index in range(10):
+        picture(16, 16, seed=index).save(tmp_path / "made" / f"{index}.png")
+    given = ("eval", "--images", "made", "--reference", photo_folder, "--inception", inception, "--out", "new/fid.json")
+    result = inside(*given, "--save-stats", "new/photos.npz", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / "new" / "fid.json").read_text())
+    assert f"{results['fid']:.3f}" in result.stdout
+    assert results["protocol"]["network"]["sha256"] == sha256(inception)
+    assert (results["images"], results["reference_images"]) == (10, 6)
+    assert results["is"] >= 1
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["fid.json", "photos.npz"]
+
+
+def test_what_is_left_out_is_said(inside, no_downloads, model_folder, photo_folder, tmp_path):
+    result = inside("eval", "--model", model_folder, "--data", photo_folder, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for metric in ("rfid", "is", "lpips"):
+        assert f"left out: {metric} (" in result.stdout
+    assert "weights-inception-2015-12-05-6726825d.pth" in result.stdout
+
+
+def test_the_doctor_lists_what_is_there_and_what_is_not(inside, no_downloads, photo_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    result = inside("doctor", "--data", photo_folder, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (
+        f"missing weights of LPIPS: {no_downloads / 'vgg16-397923af.pth'}: not there (sha256 397923af" in result.stdout
+    )
+    assert "fix: downloaded from https://download.pytorch.org/models/vgg16-397923af.pth" in result.stdout
+    assert f"ok      data: {photo_folder}: 6 images" in result.stdout
+    assert inside("doctor", "--data", "nowhere", cwd=tmp_path).returncode == 0
 
 
 @pytest.fixture
@@ -205,17 +259,20 @@ def test_interpolations_are_strips_between_two_samples(inside, generator_folder,
     assert Image.open(tmp_path / "strips" / "grid.png").size == (4 + 8 * 20, 4 + 2 * 20)
 
 
-def test_a_generator_is_measured_by_the_distance_of_its_samples(inside, generator_folder, photo_folder, tmp_path):
+def test_a_generator_is_measured_by_the_distance_of_its_samples(
+    inside, no_downloads, generator_folder, photo_folder, tmp_path, monkeypatch
+):
     save_file(models.squeezenet1_1(weights=None).features.state_dict(prefix="features."), tmp_path / "w.safetensors")
     (tmp_path / "features.yaml").write_text("network: squeezenet1_1\nlayers: [1]\n")
     given = ("eval", "--model", generator_folder, "--data", photo_folder)
-    network = ("--features", "features.yaml", "--feature-weights", "w.safetensors")
+    network = ("--features", "w.safetensors", "--features-kind", "features.yaml")
     result = inside(*given, *network, "--samples", "7", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     results = json.loads((tmp_path / "eval.json").read_text())
     assert (results["images"], results["samples"]) == (6, 7)
-    assert results["protocol"]["seed"] == 0
-    fails(inside(*given, cwd=tmp_path), "a generator; measuring it needs --features and --feature-weights")
+    assert results["protocol"]["pictures"] == "7 samples of seed 0, clamped and rounded to uint8"
+    monkeypatch.setattr("vqhit.extractors.INCEPTION", KnownFile("none.pth", "", "0" * 64))
+    fails(inside(*given, cwd=tmp_path), "nothing can be measured: cannot download")
 
 
 def test_mistakes_with_generators_are_one_line_each(inside, model_folder, generator_folder, photo_folder, tmp_path):

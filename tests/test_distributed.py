@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
+from torchvision import models
 
 from tests.commands import (
     assert_same_run,
@@ -197,3 +199,42 @@ def test_a_device_that_cannot_be_shared_out_is_named(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(ValueError, match="on a machine with 2 GPUs; allowed: --nproc-per-node up to 2"):
         distributed.start("auto", 1)
+
+
+def test_an_evaluation_by_two_processes_is_that_of_one(tiny_model, photo_folder, picture, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "model")
+    torch.manual_seed(0)
+    save_file(models.squeezenet1_1(weights=None).features.state_dict(prefix="features."), tmp_path / "w.safetensors")
+    (tmp_path / "features.yaml").write_text("network: squeezenet1_1\nlayers: [4]\n")
+    picture(50, 50, seed=9).save(photo_folder / "7.png")  # seven images: one process has four, the other three
+    given = (
+        "eval",
+        "--model",
+        "model",
+        "--data",
+        "photos",
+        "--metrics",
+        "rfid,psnr,ssim,codebook",
+        "--batch-size",
+        "2",
+    )
+    given = (*given, "--features", "w.safetensors", "--features-kind", "features.yaml", "--workers", "0", "--out")
+    for processes, out in ((1, "one.json"), (2, "two.json")):
+        run = ("torch.distributed.run", "--nproc-per-node", str(processes), "-m", "vqhit", *given, out)
+        done = subprocess.run(
+            [sys.executable, "-m", *run],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent.parent)},
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count(f"{out}: the same, with the protocol") == 1
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert (one["images"], two["images"]) == (7, 7)
+    assert (one["protocol"]["processes"], two["protocol"]["processes"]) == (1, 2)
+    for key in ("frechet_distance", "psnr", "ssim", "codebook_perplexity", "dead_codes"):
+        assert two[key] == pytest.approx(one[key], rel=1e-6)
+    assert (tmp_path / "two_codebook.png").read_bytes() == (tmp_path / "one_codebook.png").read_bytes()

@@ -1,74 +1,76 @@
-"""PSNR and SSIM equal scikit-image's on real photographs; an evaluation names its protocol."""
+"""An evaluation is the mean over all its images, whatever the batches; its protocol names all that it depends on."""
 
+import gc
 import json
 import math
+import tracemalloc
 
+import lpips
 import numpy as np
 import pytest
-import skimage.data
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch_fidelity.metric_isc import isc_features_to_metric
 from torchvision import models
 
-from vqhit.evaluate import evaluate_tokenizer
-from vqhit.files import sha256
-from vqhit.folder import list_images
+from vqhit import HiTGenerator
+from vqhit.comparison import Comparison
+from vqhit.config import ConfigError
+from vqhit.evaluate import evaluate_generator, evaluate_pictures, evaluate_tokenizer
+from vqhit.extractors import InceptionExtractor, PooledExtractor
+from vqhit.files import KnownFile, sha256
+from vqhit.folder import DataError, list_images
 from vqhit.images import center_crop, from_uint8, load_image, pil_to_uint8, to_uint8
+from vqhit.measure import Reconstruction
 from vqhit.metrics import psnr, ssim
 from vqhit.perceptual import FeaturesConfig
+from vqhit.protocol import EvaluationSettings
+
+WITHOUT_NETWORKS = ("psnr", "ssim", "codebook")
 
 
-@pytest.fixture(scope="module")
-def photographs():
-    """Two photographs at 96 px, and the same after a coarse JPEG compression."""
-    originals, degraded = [], []
-    for array in (skimage.data.astronaut(), skimage.data.chelsea()):
-        small = center_crop(Image.fromarray(array), 96)
-        originals.append(pil_to_uint8(small))
-        degraded.append(pil_to_uint8(small.resize((24, 24)).resize((96, 96))))
-    return torch.stack(originals), torch.stack(degraded)
+def measured(model, folder, metrics=WITHOUT_NETWORKS, **settings):
+    return evaluate_tokenizer(model, folder, EvaluationSettings(metrics=metrics, **settings))
 
 
-def test_psnr_is_scikit_images(photographs):
-    expected = [
-        peak_signal_noise_ratio(a.permute(1, 2, 0).numpy(), b.permute(1, 2, 0).numpy(), data_range=255)
-        for a, b in zip(*photographs, strict=True)
+@pytest.fixture
+def twelve(tmp_path, picture):
+    """Twelve small photographs, enough for an inception score."""
+    folder = tmp_path / "twelve"
+    folder.mkdir()
+    for index in range(12):
+        picture(20 + index, 24, seed=index).save(folder / f"{index:02d}.png")
+    return folder
+
+
+@pytest.fixture
+def vgg16(tmp_path, monkeypatch):
+    """A file of VGG16 features, generated, in the place of torchvision's; returns its path and its trunk."""
+    torch.manual_seed(0)
+    trunk = models.vgg16(weights=None).features
+    torch.save(trunk.state_dict(prefix="features."), path := tmp_path / "vgg16.pth")
+    monkeypatch.setattr("vqhit.perceptual.VGG16_TORCHVISION", KnownFile("vgg16.pth", "", sha256(path)))
+    return path, trunk
+
+
+def crops_and_reconstructions(model, folder):
+    originals = torch.stack([pil_to_uint8(center_crop(load_image(folder / name), 16)) for name in list_images(folder)])
+    return originals, to_uint8(model.reconstruct(from_uint8(originals)))
+
+
+def fid(first, second):
+    """Of few vectors, in another way: the root's trace is the nuclear norm of the product of the centred vectors."""
+    means = [features.double().mean(0) for features in (first, second)]
+    rows = [
+        (features.double() - mean) / (len(features) - 1) ** 0.5
+        for features, mean in zip((first, second), means, strict=True)
     ]
-    np.testing.assert_allclose(psnr(*photographs), expected, rtol=1e-12)
-
-
-def test_ssim_is_scikit_images_with_a_gaussian_window(photographs):
-    expected = [
-        structural_similarity(
-            a.permute(1, 2, 0).numpy() / 255,
-            b.permute(1, 2, 0).numpy() / 255,
-            data_range=1,
-            channel_axis=2,
-            gaussian_weights=True,
-            sigma=1.5,
-            use_sample_covariance=False,
-        )
-        for a, b in zip(*photographs, strict=True)
-    ]
-    np.testing.assert_allclose(ssim(*photographs), expected, rtol=1e-9)
-
-
-def test_equal_images_reach_the_ceiling(photographs):
-    originals, _ = photographs
-    assert psnr(originals, originals).tolist() == [100.0, 100.0]
-    assert ssim(originals, originals).tolist() == pytest.approx([1.0, 1.0])
-
-
-def test_ssim_refuses_images_smaller_than_its_window():
-    small = torch.zeros(1, 3, 10, 10, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="SSIM needs at least 11x11"):
-        ssim(small, small)
+    spread = sum(each.square().sum() for each in rows) - 2 * torch.linalg.svdvals(rows[0] @ rows[1].T).sum()
+    return float((means[0] - means[1]).square().sum() + spread)
 
 
 def test_evaluation_is_the_mean_over_images_and_names_its_protocol(tiny_model, photo_folder):
-    results = evaluate_tokenizer(tiny_model, photo_folder, batch_size=4)
+    results = measured(tiny_model, photo_folder, batch_size=4)
     paths = [photo_folder / name for name in list_images(photo_folder)]
     crops = torch.stack([pil_to_uint8(center_crop(load_image(path), 16)) for path in paths])
     floats = tiny_model.preprocess(paths)
@@ -81,24 +83,255 @@ def test_evaluation_is_the_mean_over_images_and_names_its_protocol(tiny_model, p
     shares = torch.bincount(tokens.flatten()).double() / tokens.numel()
     entropy = -sum(p * math.log(p) for p in shares.tolist() if p > 0)
     assert results["codebook_perplexity"] == pytest.approx(math.exp(entropy))
-    assert results["protocol"]["crop"].startswith("ADM center crop")
+    assert results["protocol"]["reference"]["crop"].startswith("ADM center crop")
     json.dumps(results, allow_nan=False)
 
 
 def test_results_do_not_depend_on_batch_size_or_workers(tiny_model, photo_folder):
     keys = ("psnr", "ssim", "codes_used", "codebook_perplexity")
-    one = evaluate_tokenizer(tiny_model, photo_folder, batch_size=1)
-    other = evaluate_tokenizer(tiny_model, photo_folder, batch_size=5, workers=2)
+    one = measured(tiny_model, photo_folder, batch_size=1)
+    other = measured(tiny_model, photo_folder, batch_size=5, workers=2)
     assert [one[key] for key in keys] == pytest.approx([other[key] for key in keys], rel=1e-6)
 
 
 def test_limit_takes_images_spread_over_the_folder(tiny_model, photo_folder):
-    assert evaluate_tokenizer(tiny_model, photo_folder, limit=2)["images"] == 2
+    assert measured(tiny_model, photo_folder, limit=2)["images"] == 2
     paths = [photo_folder / name for name in list_images(photo_folder)]
     first_and_fourth = tiny_model.preprocess([paths[0], paths[3]])
     expected = psnr(to_uint8(first_and_fourth), to_uint8(tiny_model.reconstruct(first_and_fourth))).mean().item()
-    assert evaluate_tokenizer(tiny_model, photo_folder, limit=2)["psnr"] == pytest.approx(expected, rel=1e-6)
-    assert evaluate_tokenizer(tiny_model, photo_folder, limit=100)["images"] == 6
+    assert measured(tiny_model, photo_folder, limit=2)["psnr"] == pytest.approx(expected, rel=1e-6)
+    assert measured(tiny_model, photo_folder, limit=100)["images"] == 6
+
+
+def test_every_metric_is_its_oracles(tiny_model, twelve, inception, vgg16, tmp_path):
+    path, trunk = vgg16
+    given = {"inception": str(inception), "lpips": str(path), "batch_size": 5}
+    results = evaluate_tokenizer(tiny_model, twelve, EvaluationSettings(**given))  # all of them
+    originals, reconstructions = crops_and_reconstructions(tiny_model, twelve)
+    network = InceptionExtractor(inception)
+    (of_originals, _), (of_reconstructions, logits) = network(originals), network(reconstructions)
+    assert results["rfid"] == pytest.approx(fid(of_originals, of_reconstructions), rel=1e-4)  # of five at a time
+    expected = isc_features_to_metric(logits)
+    assert results["is"] == pytest.approx(expected["inception_score_mean"], rel=1e-6)
+    assert results["is_std"] == pytest.approx(expected["inception_score_std"], rel=1e-4, abs=1e-7)
+    theirs = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    for part in theirs.net.children():
+        part.load_state_dict({k: v for k, v in trunk.state_dict().items() if k in part.state_dict()})
+    distances = theirs(from_uint8(originals), from_uint8(reconstructions))
+    assert results["lpips"] == pytest.approx(distances.mean().item(), rel=1e-5)
+    assert results["psnr"] == pytest.approx(psnr(originals, reconstructions).mean().item(), rel=1e-9)
+    assert results["left_out"] == {}
+    assert results["dead_codes"] == 32 - results["codes_used"]
+    protocol = results["protocol"]
+    assert protocol["network"]["name"].startswith("Inception-2015-12-05")
+    assert protocol["network"]["sha256"] == sha256(inception)
+    assert protocol["reference"] == {
+        "data": str(twelve),
+        "split": None,
+        "images": 12,
+        "image_size": 16,
+        "crop": "ADM center crop: box halving, bicubic resize of the short side",
+    }
+    assert "12 images: not comparable" in protocol["remark"]
+    assert protocol["versions"]["torch"] == torch.__version__
+    assert 0 < results["share_in_networks"] < 1
+    json.dumps(results, allow_nan=False)
+
+
+def test_no_metric_depends_on_the_batches_or_the_workers(tiny_model, twelve, inception, vgg16, squeezenet):
+    given = {"inception": str(inception), "lpips": str(vgg16[0])}
+    network = {"features": squeezenet[0], "feature_weights": str(squeezenet[1])}
+    first, second = (
+        measured(tiny_model, twelve, ("is", "psnr", "ssim", "lpips", "codebook"), **given, **batches)
+        | measured(tiny_model, twelve, ("rfid",), **network, **batches)
+        for batches in ({"batch_size": 1}, {"batch_size": 5, "workers": 2})
+    )
+    for key in ("is", "is_std", "psnr", "ssim", "lpips", "codes_used", "codebook_perplexity", "dead_codes"):
+        assert first[key] == pytest.approx(second[key], rel=1e-6, abs=1e-9)
+    assert first["frechet_distance"] == pytest.approx(second["frechet_distance"], rel=1e-5)  # float32 convolutions
+
+
+def test_a_metric_whose_network_cannot_be_had_is_left_out_or_refused_if_it_was_named(tiny_model, twelve, no_downloads):
+    results = evaluate_tokenizer(tiny_model, twelve)
+    assert sorted(results["left_out"]) == ["is", "lpips", "rfid"]
+    assert "weights-inception-2015-12-05-6726825d.pth" in results["left_out"]["rfid"]
+    assert not {"rfid", "is", "lpips"} & results.keys()
+    assert results["psnr"] > 0
+    with pytest.raises(ValueError, match=r"cannot download .*weights-inception-2015-12-05-6726825d"):
+        measured(tiny_model, twelve, ("psnr", "rfid"))
+    with pytest.raises(ValueError, match=r"no-file\.pth: no such file"):  # a file that was named is not left out
+        evaluate_tokenizer(tiny_model, twelve, EvaluationSettings(inception="no-file.pth"))
+
+
+def test_images_that_cannot_be_read_are_counted_and_keep_no_other_out(tiny_model, twelve, inception):
+    (twelve / "03.png").write_bytes(b"no image")
+    given = {"inception": str(inception), "batch_size": 4, "max_bad": 0.5}
+    results = measured(tiny_model, twelve, ("is", "psnr"), **given)
+    assert (results["images"], results["skipped"], len(results["skipped_images"])) == (11, 1, 1)
+    assert results["protocol"]["reference"]["images"] == 11
+    with pytest.raises(DataError, match="1 of 12 images cannot be read"):
+        measured(tiny_model, twelve, ("psnr",))
+
+
+def test_statistics_of_a_reference_set_are_saved_and_used_again(tiny_model, twelve, squeezenet, tmp_path):
+    network = {"features": squeezenet[0], "feature_weights": str(squeezenet[1])}
+    saved = measured(tiny_model, twelve, ("rfid",), **network, save_stats=str(tmp_path / "s.npz"))
+    again = measured(tiny_model, twelve, ("rfid",), **network, stats=str(tmp_path / "s.npz"))
+    assert again["frechet_distance"] == pytest.approx(saved["frechet_distance"], rel=1e-9)
+    reference = again["protocol"]["reference"]
+    assert reference["sha256"] == sha256(tmp_path / "s.npz")
+    assert reference["made_by"]["reference"] == saved["protocol"]["reference"]
+    other = {**network, "features": squeezenet[0].model_copy(update={"layers": (4,)})}
+    with pytest.raises(ValueError, match=r"s\.npz: statistics of 192 features; this network has 128"):
+        measured(tiny_model, twelve, ("rfid",), **other, stats=str(tmp_path / "s.npz"))
+    other = {**network, "features": squeezenet[0].model_copy(update={"max_value": 255.0})}
+    with pytest.raises(ValueError, match=r"s\.npz: made with network .*; this evaluation has"):
+        measured(tiny_model, twelve, ("rfid",), **other, stats=str(tmp_path / "s.npz"))
+    np.savez(tmp_path / "foreign.npz", mu=np.zeros(192), sigma=np.eye(192))
+    foreign = measured(tiny_model, twelve, ("rfid",), **network, stats=str(tmp_path / "foreign.npz"))
+    assert foreign["protocol"]["reference"]["made_by"].startswith("unknown")
+    with pytest.raises(ValueError, match="stats: no metric that is measured compares features"):
+        measured(tiny_model, twelve, ("psnr",), stats=str(tmp_path / "s.npz"))
+
+
+def test_pictures_of_anything_else_are_measured_by_the_same_protocol(
+    tiny_model, twelve, inception, squeezenet, tmp_path
+):
+    network = {"features": squeezenet[0], "feature_weights": str(squeezenet[1])}
+    expected = measured(tiny_model, twelve, ("rfid", "psnr", "ssim"), **network)
+    expected |= measured(tiny_model, twelve, ("is",), inception=str(inception))
+    (made := tmp_path / "made").mkdir()
+    _, reconstructions = crops_and_reconstructions(tiny_model, twelve)
+    for name, image in zip(list_images(twelve), tiny_model.postprocess(from_uint8(reconstructions)), strict=True):
+        image.save(made / name.replace(".png", ".bmp"))
+    results = evaluate_pictures(made, twelve, EvaluationSettings(metrics=("fid", "psnr", "ssim"), **network))
+    results |= evaluate_pictures(made, None, EvaluationSettings(metrics=("is",), inception=str(inception)))
+    for key in ("frechet_distance", "is", "psnr", "ssim"):
+        assert results[key] == pytest.approx(expected[key], rel=1e-6)
+    assert results["protocol"]["pictures"]["crop"].startswith("none")
+    by_default = evaluate_pictures(made, twelve, EvaluationSettings(**network))
+    assert by_default["frechet_distance"] == results["frechet_distance"]
+    assert "psnr" not in by_default
+
+
+def test_pictures_are_of_one_size_unless_they_are_to_be_cut(twelve, squeezenet, tmp_path, picture):
+    network = {"features": squeezenet[0], "feature_weights": str(squeezenet[1])}
+    settings = EvaluationSettings(metrics=("fid",), **network)
+    with pytest.raises(DataError, match=r"00\.png: 20x24 px; pictures are squares"):
+        evaluate_pictures(twelve, twelve, settings)
+    (made := tmp_path / "made").mkdir()
+    for index, size in enumerate((16, 16, 17)):
+        picture(size, size, seed=index).save(made / f"{index}.png")
+    with pytest.raises(DataError, match=r"2\.png: 17x17 px; the first picture is 16x16"):
+        evaluate_pictures(made, twelve, settings)
+    same = evaluate_pictures(twelve, twelve, settings, size=16)
+    assert same["frechet_distance"] == pytest.approx(0, abs=1e-5)
+    assert same["protocol"]["pictures"]["crop"].startswith("ADM")
+
+
+def test_pairs_are_found_by_name_and_a_picture_without_original_is_named(twelve, tmp_path, picture):
+    (made := tmp_path / "made").mkdir()
+    picture(16, 16).save(made / "07.png")
+    settings = EvaluationSettings(metrics=("psnr",))
+    results = evaluate_pictures(made, twelve, settings)
+    original = pil_to_uint8(center_crop(load_image(twelve / "07.png"), 16))[None]
+    expected = psnr(original, pil_to_uint8(load_image(made / "07.png"))[None]).item()
+    assert results["psnr"] == pytest.approx(expected, rel=1e-12)
+    picture(16, 16).save(made / "stray.png")
+    with pytest.raises(DataError, match=r"stray\.png: no image of this name in"):
+        evaluate_pictures(made, twelve, settings)
+    picture(16, 16).save(twelve / "07.bmp")
+    with pytest.raises(DataError, match=r"07\.bmp and .*07\.png: both are called 07"):
+        evaluate_pictures(made, twelve, settings)
+
+
+def test_an_original_that_cannot_be_read_leaves_its_pair_out(twelve, tmp_path, picture):
+    (made := tmp_path / "made").mkdir()
+    for index in range(12):
+        picture(16, 16, seed=index).save(made / f"{index:02d}.png")
+    whole = evaluate_pictures(made, twelve, EvaluationSettings(metrics=("psnr",), limit=12))
+    (made / "11.png").unlink()
+    eleven = evaluate_pictures(made, twelve, EvaluationSettings(metrics=("psnr",)))
+    picture(16, 16, seed=11).save(made / "11.png")
+    (twelve / "11.png").write_bytes(b"no image")
+    results = evaluate_pictures(made, twelve, EvaluationSettings(metrics=("psnr",), batch_size=5, max_bad=0.2))
+    assert results["psnr"] == pytest.approx(eleven["psnr"], rel=1e-12)
+    assert results["psnr"] != pytest.approx(whole["psnr"], rel=1e-6)
+
+
+def test_samples_are_compared_with_images_or_their_statistics(
+    tiny_generator_config, twelve, inception, squeezenet, tmp_path
+):
+    torch.manual_seed(0)
+    generator = HiTGenerator(tiny_generator_config).eval()
+    given = {"samples": 11, "seed": 3, "batch_size": 4}
+    network = {"features": squeezenet[0], "feature_weights": str(squeezenet[1])}
+    saved = EvaluationSettings(**given, **network, save_stats=str(tmp_path / "s.npz"))
+    results = evaluate_generator(generator, twelve, saved)
+    samples = to_uint8(generator.sample(11, seed=3))
+    crops = torch.stack([pil_to_uint8(center_crop(load_image(twelve / n), 16)) for n in list_images(twelve)])
+    extractor = PooledExtractor(*squeezenet, 16)
+    expected = fid(extractor(crops).features, extractor(samples).features)
+    assert results["frechet_distance"] == pytest.approx(expected, rel=1e-5)
+    assert (results["images"], results["samples"]) == (12, 11)
+    stats = EvaluationSettings(**given, **network, stats=str(tmp_path / "s.npz"))
+    again = evaluate_generator(generator, None, stats)
+    assert again["frechet_distance"] == pytest.approx(results["frechet_distance"], rel=1e-9)
+    score = evaluate_generator(generator, None, EvaluationSettings(**given, metrics=("is",), inception=str(inception)))
+    expected = isc_features_to_metric(InceptionExtractor(inception)(samples).logits)
+    assert score["is"] == pytest.approx(expected["inception_score_mean"], rel=1e-6)
+    with pytest.raises(ValueError, match="data is missing: a folder of images or a data set to compare with, or stats"):
+        evaluate_generator(generator, None, EvaluationSettings(**given, **network))
+
+
+def test_memory_does_not_grow_with_the_number_of_images(tiny_model, squeezenet):
+    network = PooledExtractor(*squeezenet, 16)
+    comparison = Comparison(("rfid", "psnr", "ssim", "codebook"), "cpu", extractor=network)
+    measured = Reconstruction(tiny_model, comparison)
+    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+    def held_after(batches):
+        for _ in range(batches):
+            measured.update(images, range(4))
+        gc.collect()
+        tensors = sum(x.untyped_storage().nbytes() for x in gc.get_objects() if type(x) is torch.Tensor)
+        return tensors, tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    held_after(5)
+    tensors, python = held_after(5)
+    later_tensors, later_python = held_after(100)
+    tracemalloc.stop()
+    assert later_tensors == tensors
+    assert later_python - python < 20_000  # less than 200 bytes a batch; a kept batch of features alone has 2,048
+    assert measured.images == 440
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"metrics": ("fid",)}, "metric 'fid': not of a tokenizer; allowed: rfid, is, psnr, ssim, lpips, codebook"),
+        ({"metrics": ("rfid",), "limit": 1}, "a Fréchet distance needs at least 2 images; found 1"),
+        ({"metrics": ("is",), "limit": 9}, "an inception score needs at least 10 images; found 9"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_it_starts(tiny_model, twelve, inception, settings, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_tokenizer(tiny_model, twelve, EvaluationSettings(**settings, inception=str(inception)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"metrics": ("psnr", "psnr")}, "metrics: found psnr, psnr; each once"),
+        ({"metrics": ("fvd",)}, "metrics"),
+        ({"stats": "a.npz", "save_stats": "b.npz"}, "stats and save_stats"),
+        ({"feature_weights": "w.pth"}, "features, a network, is missing"),
+    ],
+)
+def test_impossible_settings_are_named(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        EvaluationSettings(**settings)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +345,9 @@ def squeezenet(tmp_path_factory):
 
 def test_the_frechet_distance_is_that_of_pooled_features(tiny_model, photo_folder, squeezenet):
     features, weights = squeezenet
-    results = evaluate_tokenizer(tiny_model, photo_folder, batch_size=4, features=features, feature_weights=weights)
+    results = measured(
+        tiny_model, photo_folder, ("rfid", "psnr"), batch_size=4, features=features, feature_weights=str(weights)
+    )
     images = tiny_model.preprocess([photo_folder / name for name in list_images(photo_folder)])
     network = models.squeezenet1_1(weights=None).features[:5].eval()
     network.load_state_dict({k.removeprefix("features."): v for k, v in load_file(weights).items()}, strict=False)
@@ -129,30 +364,30 @@ def test_the_frechet_distance_is_that_of_pooled_features(tiny_model, photo_folde
     roots = np.linalg.eigvals((covariances[0] @ covariances[1]).numpy()).real.clip(0) ** 0.5
     expected = (vectors[0].mean(0) - vectors[1].mean(0)).square().sum() + (covariances[0] + covariances[1]).trace()
     assert results["frechet_distance"] == pytest.approx(float(expected) - 2 * roots.sum(), rel=1e-4)
-    described = results["protocol"]["frechet_distance"]
-    assert (described["network"], described["layers"]) == ("squeezenet1_1", [1, 4])
-    assert described["weights_sha256"] == sha256(weights)
-    assert "not FID" in described["features"]
-
-
-@pytest.mark.parametrize("missing", ["features", "feature_weights"])
-def test_a_frechet_distance_needs_a_network_and_its_weights(tiny_model, photo_folder, squeezenet, missing):
-    given = {"features": squeezenet[0], "feature_weights": squeezenet[1], missing: None}
-    expected = {"features": "a network and its layers", "feature_weights": "a file of weights"}[missing]
-    with pytest.raises(ValueError, match=f"the Fréchet distance needs {expected} .{missing}. too"):
-        evaluate_tokenizer(tiny_model, photo_folder, **given)
+    assert "rfid" not in results  # only Inception's is FID
+    network = results["protocol"]["network"]
+    assert (network["network"], network["layers"]) == ("squeezenet1_1", [1, 4])
+    assert network["sha256"] == sha256(weights)
+    assert "not FID" in network["name"]
+    by_default = evaluate_tokenizer(
+        tiny_model, photo_folder, EvaluationSettings(features=features, feature_weights=str(weights))
+    )
+    assert "have no classes" in by_default["left_out"]["is"]
+    assert by_default["frechet_distance"] == pytest.approx(results["frechet_distance"], rel=1e-6)
 
 
 def test_networks_that_images_do_not_pass_through_or_that_cannot_be_pooled_are_named(
     tiny_model, photo_folder, squeezenet, tmp_path
 ):
-    features = squeezenet[0].model_copy(update={"layers": (12,)})
-    message = "features of squeezenet1_1: images of 16 px do not pass through"
-    with pytest.raises(ValueError, match=message):
-        evaluate_tokenizer(tiny_model, photo_folder, features=features, feature_weights=squeezenet[1])
+    deep = squeezenet[0].model_copy(update={"layers": (12,)})
     save_file(models.swin_t(weights=None).features.state_dict(prefix="features."), tmp_path / "swin.safetensors")
-    with pytest.raises(ValueError, match="a Fréchet distance needs at least 2 images; found 1"):
-        evaluate_tokenizer(tiny_model, photo_folder, limit=1, features=squeezenet[0], feature_weights=squeezenet[1])
-    swin = FeaturesConfig(network="swin_t", layers=(1,))
-    with pytest.raises(ValueError, match=r"features of swin_t: not .B, C, h, w., so that they cannot be pooled"):
-        evaluate_tokenizer(tiny_model, photo_folder, features=swin, feature_weights=tmp_path / "swin.safetensors")
+    for features, weights, message in (
+        (deep, squeezenet[1], "features of squeezenet1_1: images of 16 px do not pass through"),
+        (
+            FeaturesConfig(network="swin_t", layers=(1,)),
+            tmp_path / "swin.safetensors",
+            r"features of swin_t: not .B, C, h, w., so that they cannot be pooled",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            measured(tiny_model, photo_folder, ("rfid",), features=features, feature_weights=str(weights))

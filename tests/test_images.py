@@ -1,14 +1,18 @@
 """Files of any kind become RGB images or a one-line error; the range conversions are exact."""
 
+import hashlib
 import io
+import json
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
 
+from tests.pictures import golden_pictures
 from vqhit import images
 from vqhit.images import ImageError, load_image
 
@@ -157,6 +161,14 @@ def test_center_crop_is_adms():
     scaled = np.asarray(halved.resize((round(129 * 64 / 75), 64), Image.Resampling.BICUBIC))
     left = (scaled.shape[1] - 64) // 2
     np.testing.assert_array_equal(np.asarray(images.center_crop(image, 64)), scaled[:, left : left + 64])
+
+
+@pytest.mark.parametrize("name", list(golden_pictures()))
+def test_the_crop_of_odd_sizes_and_modes_has_its_golden_hash(name):
+    crops = json.loads((Path(__file__).parent / "fixtures" / "adm_crops.json").read_text())["crops"]
+    picture, _ = golden_pictures()[name]
+    crop = images.pil_to_uint8(images.center_crop(images.to_rgb(picture), 64))
+    assert hashlib.sha256(crop.permute(1, 2, 0).numpy().tobytes()).hexdigest() == crops[name]
 
 
 def test_a_very_long_picture_does_not_need_the_memory_of_its_full_enlargement():

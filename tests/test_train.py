@@ -18,6 +18,7 @@ from vqhit.evaluate import evaluate_tokenizer
 from vqhit.files import KnownFile, sha256
 from vqhit.images import from_uint8
 from vqhit.layers import BatchNorm, reestimate_batch_norm
+from vqhit.protocol import EvaluationSettings
 from vqhit.train import RunConfig, Trainer
 
 CLOCKED = {"images_per_s", "memory_mib"}
@@ -333,7 +334,8 @@ def test_evaluations_are_those_of_the_average_on_the_validation_images(make_conf
     trainer = Trainer(make_config(**whole_recipe))
     folder = trainer.run()
     last = json.loads((trainer.folder.path / "evaluations.jsonl").read_text().splitlines()[-1])
-    expected = evaluate_tokenizer(VQHiT.from_pretrained(folder), photo_folder, limit=4)
+    settings = EvaluationSettings(metrics=("psnr", "ssim", "codebook"), limit=4)
+    expected = evaluate_tokenizer(VQHiT.from_pretrained(folder), photo_folder, settings)
     assert last["step"] == 6
     for name in ("images", "psnr", "ssim", "codes_used", "codebook_perplexity"):
         assert last[name] == pytest.approx(expected[name]), name

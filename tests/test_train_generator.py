@@ -19,6 +19,7 @@ from vqhit.generator import Purpose, draw_noise
 from vqhit.images import image_grid, rows_of, to_uint8
 from vqhit.layers import BatchNorm
 from vqhit.perceptual import FeaturesConfig
+from vqhit.protocol import EvaluationSettings
 from vqhit.train import RunConfig, Trainer
 
 FEATURES = {"network": "squeezenet1_1", "layers": [1]}
@@ -127,10 +128,9 @@ def test_evaluations_are_the_distance_of_the_average_as_measured_afterwards(valu
     measured = evaluate_generator(
         HiTGenerator.from_pretrained(folder),
         photo_folder,
-        features=FeaturesConfig(**FEATURES),
-        feature_weights=feature_weights,
-        samples=5,
-        limit=5,
+        EvaluationSettings(
+            features=FeaturesConfig(**FEATURES), feature_weights=feature_weights, samples=5, limit=5, metrics=("fid",)
+        ),
     )
     assert (measured["images"], measured["samples"]) == (5, 5)
     assert found[-1]["frechet_distance"] == pytest.approx(measured["frechet_distance"], rel=1e-4)
@@ -146,12 +146,27 @@ def test_a_tokenizer_is_evaluated_by_the_distance_too(values, tiny_config, photo
     measured = evaluate_tokenizer(
         VQHiT.from_pretrained(folder),
         photo_folder,
-        features=FeaturesConfig(**FEATURES),
-        feature_weights=feature_weights,
-        batch_size=3,
+        EvaluationSettings(
+            features=FeaturesConfig(**FEATURES),
+            feature_weights=feature_weights,
+            batch_size=3,
+            metrics=("rfid", "psnr"),
+        ),
     )
     for name in ("psnr", "frechet_distance"):
         assert found[name] == pytest.approx(measured[name], rel=1e-4), name
+
+
+def test_fid_is_measured_while_training_with_its_own_network(values, tiny_config, photo_folder, inception):
+    values |= {"model": tiny_config.to_dict(), "loss": {}}
+    values["train"]["steps"] = 1
+    values["eval"] = {"path": str(photo_folder), "fid": True, "inception": str(inception)}
+    config = RunConfig.from_dict(values)
+    folder = Trainer(config).run()
+    (found,) = records(config.run_dir, "evaluations.jsonl")
+    settings = EvaluationSettings(metrics=("rfid",), inception=str(inception), batch_size=3)
+    expected = evaluate_tokenizer(VQHiT.from_pretrained(folder), photo_folder, settings)
+    assert found["rfid"] == pytest.approx(expected["rfid"], rel=1e-4)
 
 
 def test_one_image_is_too_few_to_evaluate_on(values, photo_folder, feature_weights, tmp_path):
@@ -218,7 +233,12 @@ def test_a_compiled_generator_trains_as_an_eager_one_does(values, tmp_path, monk
         ),
         ({"loss": {"perceptual": 1.0}}, "loss.perceptual: unknown key; allowed: gan, r1, r1_every, consistency"),
         ({"loss": [1]}, "loss: found [1]; expected a mapping"),
-        ({"eval": {"path": "x"}}, "eval: a generator is measured by eval.features and eval.feature_weights; give both"),
+        ({"eval": {"path": "x"}}, "eval: a generator needs eval.fid=true, or eval.features and eval.feature_weights"),
+        (
+            {"eval": {"path": "x", "fid": True, "features": FEATURES, "feature_weights": "f"}},
+            "eval: fid and features: FID has its own network; leave one out",
+        ),
+        ({"eval": {"path": "x", "inception": "f"}}, "eval: inception: only fid needs it"),
         (
             {"eval": {"path": "x", "feature_weights": "f"}},
             "eval: features, a network, is missing: a Fréchet distance needs both",

@@ -11,6 +11,7 @@ import torch
 
 from vqhit import distributed
 from vqhit.frechet import FeatureSums
+from vqhit.inception_score import InceptionScore
 from vqhit.layers import BatchNorm
 from vqhit.recipe import RunConfig
 from vqhit.train import Trainer
@@ -105,8 +106,20 @@ def distance():
         shared.update(features[5:])
     shared.gather()
     assert shared.count == 9
-    torch.testing.assert_close(shared.mean, whole.mean, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(shared.covariance, whole.covariance, rtol=1e-12, atol=1e-12)
+    ours, expected = shared.statistics(), whole.statistics()
+    torch.testing.assert_close(ours.mean, expected.mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours.covariance, expected.covariance, rtol=1e-12, atol=1e-12)
+
+
+def score():
+    """An inception score of images shared out unevenly equals that of all of them."""
+    logits = 3 * torch.randn(23, 7, generator=torch.Generator().manual_seed(0))
+    shared, whole = InceptionScore(23, 7), InceptionScore(23, 7)
+    whole.update(logits, range(23))
+    mine = [number for number in range(23) if (number % 3 == 0) == (distributed.rank() == 0)]
+    shared.update(logits[mine], mine)
+    shared.gather()
+    assert shared.result() == pytest.approx(whole.result(), rel=1e-12)
 
 
 def silence():
@@ -129,6 +142,7 @@ if __name__ == "__main__":
         normalisation()
         agreement()
         distance()
+        score()
         Path(f"done-{distributed.rank()}").touch()
     else:
         silence()

@@ -170,97 +170,138 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
 
 @app.command("eval")
 def evaluate(
-    model: ModelDir,
-    data: Annotated[str, typer.Option("--data", help="Folder of images, `datasets` folder, or Hub id.")],
-    split: Annotated[str | None, typer.Option("--split", help="Of a data set; by default validation.")] = None,
-    out: Annotated[Path, typer.Option("--out", help="JSON file to write.")] = Path("eval.json"),
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 16,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Model folder, or vqhit-tiny-64 or hit-tiny-64 of the package.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Images: a folder, a `datasets` folder, or a Hub id.")
+    ] = None,
+    images: Annotated[
+        str | None, typer.Option("--images", help="Instead of a model: pictures that anything else has made.")
+    ] = None,
+    reference: Annotated[str | None, typer.Option("--reference", help="Images to compare --images with.")] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option("--metrics", help="Of rfid,fid,is,psnr,ssim,lpips,codebook; all that apply and can be had."),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Evaluate this many images, evenly spaced.")
     ] = None,
-    workers: Annotated[int, typer.Option("--workers", min=0, help="Loader processes.")] = 0,
-    features: Annotated[
-        Path | None, typer.Option("--features", help="YAML file of a network, for a Fréchet distance (not FID).")
-    ] = None,
-    feature_weights: Annotated[
-        Path | None, typer.Option("--feature-weights", help="That network's weights: .pth or .safetensors.")
-    ] = None,
+    split: Annotated[str | None, typer.Option("--split", help="Of a data set; by default validation.")] = None,
+    size: Annotated[int | None, typer.Option("--size", min=1, help="Of --images: cut them to so many px.")] = None,
     samples: Annotated[
         int | None, typer.Option("--samples", min=2, help="Of a generator: draw so many; 50,000 if not set.")
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Of the samples; 0 if not set.")] = None,
+    stats: Annotated[
+        str | None, typer.Option("--stats", help=".npz with mu and sigma of the reference, instead of its images.")
+    ] = None,
+    save_stats: Annotated[
+        str | None, typer.Option("--save-stats", help="Write those of this reference set, for --stats.")
+    ] = None,
+    inception: Annotated[
+        str | None, typer.Option("--inception", help="File of FID's network, if not in torchvision's cache.")
+    ] = None,
+    lpips: Annotated[
+        str | None, typer.Option("--lpips", help="File of torchvision's VGG16, if not in its cache.")
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option("--features", help="Weights (.pth, .safetensors) of another network in FID's place: not FID."),
+    ] = None,
+    features_kind: Annotated[
+        str | None,
+        typer.Option("--features-kind", help="That network: squeezenet1_1, vgg16, or a YAML file (configs/features)."),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="JSON file to write.")] = Path("eval.json"),
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 16,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", min=0, help="Loader processes; by default one less than cores, at most 8."),
+    ] = None,
     device: Device = "auto",
 ) -> None:
-    """Measure a tokenizer on images: PSNR, SSIM, codebook usage and perplexity; or compare a generator's samples.
+    """Measure a tokenizer (rFID, IS, PSNR, SSIM, LPIPS, codebook), a generator (FID, IS), or --images of anything.
 
-    With --features FILE.yaml --feature-weights FILE, which a generator needs, also a Fréchet distance on that network's
-    features (not FID), between images and reconstructions, or images and samples.
+    The JSON file says by which protocol. With several processes: torchrun --nproc-per-node 8 -m vqhit eval ...
 
-    Example: vqhit eval --model vqhit-tiny-64 --data /data/imagenet/val --limit 1000
+    Example: vqhit eval --model vqhit-tiny-64 --data /data/imagenet/val --metrics psnr,ssim,codebook --limit 1000
     """
-    from rich.console import Console
-
-    from vqhit.evaluate import evaluate_generator, evaluate_tokenizer
-    from vqhit.files import sha256, write_atomic
-    from vqhit.hub import WEIGHTS_FILE, find_model
+    from vqhit import distributed
+    from vqhit.evaluate import evaluate_generator, evaluate_pictures, evaluate_tokenizer
+    from vqhit.extractors import features_kind as network_of
+    from vqhit.files import check_writable, sha256, write_atomic
+    from vqhit.hub import WEIGHTS_FILE, find_model, select_device
     from vqhit.models import VQHiT, load_model
-    from vqhit.perceptual import FeaturesConfig
+    from vqhit.protocol import EvaluationSettings
+    from vqhit.tables import evaluation_row, print_table
 
-    if out.is_dir():
-        raise ValueError(f"{out}: a folder; --out is the JSON file to write")
-    if (features is None) != (feature_weights is None):
-        missing = "--features" if features is None else "--feature-weights"
-        raise ValueError(f"{missing} is missing: a Fréchet distance needs both, a network and a file of its weights")
-    loaded = load_model(model, device=device)
-    network = None if features is None else FeaturesConfig.from_yaml(features)
-    settings: dict[str, Any] = {"split": split, "batch_size": batch_size, "limit": limit, "workers": workers}
-    if isinstance(loaded, VQHiT):
+    if (model is None) == (images is None):
+        raise ValueError(f"{'both given' if model else 'nothing to measure'}: one of --model and --images is needed")
+    if (features is None) != (features_kind is None):
+        missing = "--features" if features is None else "--features-kind"
+        raise ValueError(f"{missing} is missing: a network takes both, a file of weights and what network they are of")
+    others = {"--reference": reference, "--size": size} if images is None else {"--data": data}
+    for option, value in others.items():
+        if value is not None:
+            raise ValueError(f"{option} goes with {'--images' if images is None else '--model'}")
+    check_writable(out)
+    if save_stats is not None:
+        check_writable(Path(save_stats))
+    picture = out.with_name(f"{out.stem}_codebook.png")
+    device = distributed.start(device, timeout_minutes=60)
+    if workers is None:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        workers = max(0, min(8, (os.cpu_count() or 1) // processes - 1))
+    settings = EvaluationSettings.from_dict(
+        {
+            "metrics": None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()],
+            "split": split,
+            "limit": limit,
+            "batch_size": batch_size,
+            "workers": workers,
+            "inception": inception,
+            "lpips": lpips,
+            "stats": stats,
+            "save_stats": save_stats,
+            "features": None if features is None else network_of(str(features_kind), features),
+            "feature_weights": features,
+            "codebook_picture": str(picture),
+            **({} if samples is None else {"samples": samples}),
+            **({} if seed is None else {"seed": seed}),
+        },
+        "vqhit eval",
+    )
+    if images is not None:
         if samples is not None or seed is not None:
-            raise ValueError(f"{model}: a tokenizer; --samples and --seed are of a generator")
-        measured = evaluate_tokenizer(loaded, data, features=network, feature_weights=feature_weights, **settings)
-        row = {
-            "PSNR (dB)": f"{measured['psnr']:.2f}",
-            "SSIM": f"{measured['ssim']:.4f}",
-            "codes\nused": f"{measured['codes_used']} of {measured['codebook_size']}",
-            "codebook\nusage": f"{measured['codebook_usage']:.1%}",
-            "perplexity": f"{measured['codebook_perplexity']:.1f}",
-        }
+            raise ValueError("--samples and --seed are of a generator; give its --model")
+        results = evaluate_pictures(images, reference, settings, size=size, device=select_device(device))
+        title = f"{results['images']} pictures of {images}"
     else:
-        if network is None or feature_weights is None:
-            raise ValueError(f"{model}: a generator; measuring it needs --features and --feature-weights")
-        drawn: dict[str, Any] = {"samples": samples or 50_000, "seed": seed or 0}
-        measured = evaluate_generator(
-            loaded, data, features=network, feature_weights=feature_weights, **drawn, **settings
-        )
-        row = {"samples": str(measured["samples"])}
-    if "frechet_distance" in measured:
-        row["Fréchet\ndistance"] = f"{measured['frechet_distance']:.5g}"
-    row["seconds"] = f"{measured['seconds']:.1f}"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    results = {"model": model, "model_sha256": sha256(find_model(model) / WEIGHTS_FILE), **measured}
-    write_atomic(out, (json.dumps(results, indent=2) + "\n").encode())
-    Console().print(_table(f"{model} on {measured['images']} images of {data}", [row]))
-    if measured["skipped"]:
-        print(f"{measured['skipped']} images cannot be read; {out} lists them")
-    print(f"{out}: the same, with the protocol")
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def _table(title: str, rows: list[dict[str, str]]) -> Any:
-    """A table of rows with the same columns."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(title), box=box.SIMPLE, padding=(0, 1), collapse_padding=True, pad_edge=False)
-    for column in rows[0]:
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row.values())
-    return table
+        assert model is not None
+        loaded = load_model(model, device=device)
+        if isinstance(loaded, VQHiT):
+            if samples is not None or seed is not None:
+                raise ValueError(f"{model}: a tokenizer; --samples and --seed are of a generator")
+            if data is None:
+                raise ValueError("--data is missing: the images to reconstruct")
+            results = evaluate_tokenizer(loaded, data, settings)
+            title = f"{model} on {results['images']} images of {data}"
+        else:
+            results = evaluate_generator(loaded, data, settings)
+            title = f"{results['samples']} samples of {model}"
+        results = {"model": model, "model_sha256": sha256(find_model(model) / WEIGHTS_FILE), **results}
+    if distributed.is_first():
+        write_atomic(out, (json.dumps(results, indent=2) + "\n").encode())
+        print_table(title, [evaluation_row(results)])
+        for metric, reason in results["left_out"].items():
+            print(f"left out: {metric} ({reason})")
+        if results["skipped"]:
+            print(f"{results['skipped']} images cannot be read; {out} lists them")
+        if "codes_used" in results:
+            print(f"{picture}: how often each code is chosen")
+        print(f"{out}: the same, with the protocol")
+    distributed.stop()
 
 
 @app.command()
@@ -326,35 +367,42 @@ def bench(
 
     Example: vqhit bench generators
     """
-    from rich.console import Console
-
     from vqhit.bench import bench_generators
-    from vqhit.files import write_atomic
+    from vqhit.files import check_writable, write_atomic
     from vqhit.hub import select_device
+    from vqhit.tables import bench_row, print_table
 
     if what != "generators":
         raise ValueError(f"found {what!r}; allowed: generators")
-    if out.is_dir():
-        raise ValueError(f"{out}: a folder; --out is the JSON file to write")
+    check_writable(out)
     results = bench_generators(device=select_device(device), batch_size=batch_size, rounds=rounds)
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, (json.dumps(results, indent=2) + "\n").encode())
-    rows = [
-        {
-            "generator": row["name"],
-            "M para-\nmeters": f"{row['parameters_millions']:.2f}",
-            "paper": f"{row['paper_parameters_millions']:.2f}",
-            "GFLOPs": f"{row['gflops']:.1f}",
-            "images\n/s": f"{row['images_per_s']:.2f}",
-            "ratio": f"{row['relative']:.2f}",
-            "V100": _number(row["paper_images_per_s"]),
-            "V100\nratio": _number(row["paper_relative"]),
-        }
-        for row in results["generators"]
-    ]
-    protocol = results["protocol"]
-    Console().print(_table(f"{protocol['device']}, batch {batch_size}, eager float32, {rounds} rounds in turns", rows))
+    title = f"{results['protocol']['device']}, batch {batch_size}, eager float32, {rounds} rounds in turns"
+    print_table(title, [bench_row(row) for row in results["generators"]])
     print(f"{out}: the same, with the protocol")
+
+
+@app.command()
+def doctor(
+    data: Annotated[
+        str | None, typer.Option("--data", help="Also open these images: a folder, a `datasets` folder, or a Hub id.")
+    ] = None,
+) -> None:
+    """List what this machine has of what vqhit can use, and how to get what is missing. Downloads nothing.
+
+    Example: vqhit doctor --data /data/imagenet/val
+    """
+    from vqhit.doctor import examine
+
+    found = []
+    for finding in examine(data):
+        found.append(finding.state)
+        print(f"{finding.state:8}{finding.what}: {finding.found}", flush=True)
+        if finding.fix:
+            print(f"{'':8}fix: {finding.fix}", flush=True)
+    print(f"{found.count('ok')} found, {found.count('missing')} missing, {found.count('wrong')} wrong")
+    if "wrong" in found:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -60,6 +60,11 @@ class CodebookUsage:
         return int((self.counts > 0).sum())
 
     @property
+    def dead_codes(self) -> int:
+        """Number of codes never chosen."""
+        return len(self.counts) - self.codes_used
+
+    @property
     def usage(self) -> float:
         """Share of the codebook chosen at least once, 0 to 1."""
         return self.codes_used / len(self.counts)

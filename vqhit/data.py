@@ -81,6 +81,8 @@ class Batch(NamedTuple):
     images: Tensor
     """(B, 3, S, S) uint8."""
     skipped: list[str]
+    kept: list[int]
+    """Of evaluation: which of the images that were asked for could be read, by their positions in the batch."""
 
 
 class TrainingCrops(Dataset[Sample]):
@@ -260,16 +262,20 @@ def _end_workers(iterator: Any) -> None:
 
 
 def _collate(samples: list[Sample]) -> Batch:
-    read = [sample.image for sample in samples if sample.image.numel()]
+    kept = [position for position, sample in enumerate(samples) if sample.image.numel()]
+    read = [samples[position].image for position in kept]
     stacked = torch.stack(read) if read else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
-    return Batch(stacked, [problem for sample in samples for problem in sample.skipped])
+    return Batch(stacked, [problem for sample in samples for problem in sample.skipped], kept)
 
 
 class CenterCrops(Dataset[Sample]):
-    """ADM center crops for evaluation; an image that cannot be read gives an empty tensor."""
+    """ADM center crops for evaluation; an image that cannot be read gives an empty tensor.
 
-    def __init__(self, source: ImageSource, size: int) -> None:
-        self.source, self.size = source, size
+    `cut=False` cuts nothing: the images are ready-made pictures, and one of another size raises `DataError`.
+    """
+
+    def __init__(self, source: ImageSource, size: int, cut: bool = True) -> None:
+        self.source, self.size, self.cut = source, size, cut
 
     def __len__(self) -> int:
         return len(self.source)
@@ -279,6 +285,11 @@ class CenterCrops(Dataset[Sample]):
             image = read_image(self.source, index)
         except images.ImageError as error:
             return Sample(torch.empty(0, dtype=torch.uint8), (str(error),))
+        if not self.cut and image.size != (self.size, self.size):
+            raise DataError(
+                f"{self.source.name(index)}: {image.width}x{image.height} px; the first picture is {self.size}x"
+                f"{self.size}, and all must be, unless a size to cut them to is given"
+            )
         return Sample(images.pil_to_uint8(images.center_crop(image, self.size)))
 
 

@@ -21,10 +21,10 @@ from rich.table import Table
 from torch import Tensor
 
 from vqhit.checkpoint import newest
-from vqhit.evaluate import Reconstruction
 from vqhit.files import write_atomic
 from vqhit.hub import PACKAGED
 from vqhit.images import compare_grid, crop_box, from_uint8, image_grid, load_image, pil_to_uint8, to_uint8
+from vqhit.measure import Reconstruction
 from vqhit.metrics import psnr, ssim
 from vqhit.models import VQHiT
 from vqhit.recipe import RunConfig

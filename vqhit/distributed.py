@@ -169,9 +169,11 @@ def first_here() -> Iterator[None]:
     waits = os.environ.get("LOCAL_RANK", "0") != "0"
     if waits:
         gather_objects(None)
-    yield
-    if not waits:
-        gather_objects(None)
+    try:
+        yield
+    finally:
+        if not waits:
+            gather_objects(None)
 
 
 def check_equal(tensors: dict[str, Tensor]) -> None:

@@ -1,327 +1,248 @@
-"""Reconstruction quality: PSNR, SSIM, codebook usage; a Fréchet distance, of samples too; with the protocol of each."""
+"""Evaluation that names its protocol: of tokenizers, of generators, and of pictures that anything else has made."""
 
-import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
-from pydantic import model_validator
-from torch import Tensor
 
-from vqhit import __version__, distributed
-from vqhit.codebook import CodebookUsage
-from vqhit.config import Count, Text
-from vqhit.data import Batch, CenterCrops, Skipped, load_batches
-from vqhit.files import sha256
-from vqhit.folder import DataError
-from vqhit.frechet import FeatureSums, frechet_distance
+from vqhit import distributed
+from vqhit.comparison import PAIRED, Comparison
+from vqhit.data import Skipped
+from vqhit.folder import DataError, FolderSource
 from vqhit.generator import Generator
-from vqhit.images import from_uint8, to_uint8
-from vqhit.metrics import PSNR_CEILING_DB, psnr, ssim
+from vqhit.measure import Crops, center_crops, measure, take_pairs, take_pictures, take_reference, take_samples
 from vqhit.models import VQHiT
-from vqhit.perceptual import FeatureDistance, FeaturesConfig, feature_network
+from vqhit.plots import codebook_histogram
 from vqhit.progress import ProgressBar
+from vqhit.protocol import OF_GENERATORS, OF_PICTURES, OF_TOKENIZERS, EvaluationSettings, Protocol
 from vqhit.sources import ImageSource, SourceConfig, evenly_spaced, open_source
 
 
-class EvalConfig(SourceConfig):
-    """Images to evaluate on while training, with the model that would be saved.
+def evaluate_tokenizer(model: VQHiT, data: Path | str, settings: EvaluationSettings | None = None) -> dict[str, Any]:
+    """Measure a tokenizer on a folder of images or a data set: JSON-able, with the protocol of each number.
 
-    Of a tokenizer: PSNR, SSIM and codebook usage. With `features` and a file of that network's weights, which a
-    generator needs, also the Fréchet distance between its features of the images and of their reconstructions, or of as
-    many samples: a proxy, not FID.
+    rFID compares Inception features of the images' center crops with those of their reconstructions, both uint8. Each
+    process takes its share, all return the same. Raises `DataError` for images, and `ValueError` for a network that
+    cannot be had or a metric that a tokenizer has not.
     """
-
-    every: Count = 5000
-    """Steps between evaluations; the last step is one too."""
-    images: Count = 1000
-    """At most so many, evenly spaced: always the same ones."""
-    features: FeaturesConfig | None = None
-    feature_weights: Text | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if (self.features is None) != (self.feature_weights is None):
-            missing = "features, a network," if self.features is None else "feature_weights, a file,"
-            raise ValueError(f"{missing} is missing: a Fréchet distance needs both")
-        if self.features is not None and self.images < 2:
-            raise ValueError(f"images is {self.images}; a Fréchet distance needs at least 2")
-        return self
-
-
-class Reconstruction:
-    """Running PSNR, SSIM and codebook usage of a tokenizer over batches of uint8 images.
-
-    With a network, also the Fréchet distance between its pooled features of the images and of the reconstructions.
-    """
-
-    def __init__(self, model: VQHiT, network: FeatureDistance | None = None) -> None:
-        self.model, self.network = model, network
-        self.features: tuple[FeatureSums, ...] = ()
-        """Of the images and of their reconstructions."""
-        if network is not None:
-            dim = network.pooled_dim(model.config.image_size)
-            self.features = FeatureSums(dim), FeatureSums(dim)
-        self.usage = CodebookUsage(model.codebook_size)
-        self.images = 0
-        self.skipped: list[str] = []
-        """What was wrong with images that could not be read."""
-        self._psnr = self._ssim = 0.0
-
-    def update(self, originals: Tensor) -> Tensor:
-        """Encode, decode and compare (B, 3, S, S) uint8 images; returns the reconstructions, uint8 on the CPU."""
-        tokens = self.model.encode(from_uint8(originals).to(self.model.quant_conv.weight))
-        reconstructions = to_uint8(self.model.decode(tokens)).cpu()
-        self.usage.update(tokens)
-        self._psnr += float(psnr(originals, reconstructions).sum())
-        self._ssim += float(ssim(originals, reconstructions).sum())
-        self.images += len(originals)
-        if self.network is not None:
-            for sums, pictures in zip(self.features, (originals, reconstructions), strict=True):
-                sums.update(self.network.pooled(from_uint8(pictures.to(self.model.quant_conv.weight.device))))
-        return reconstructions
-
-    def gather(self) -> None:
-        """Take in what the other processes have measured."""
-        sums = torch.tensor([self.images, self._psnr, self._ssim], dtype=torch.float64)
-        images, self._psnr, self._ssim = distributed.total(sums).tolist()
-        self.images, self.usage = int(images), self.usage.gather()
-        for each in self.features:
-            each.gather()
-        self.skipped = [problem for those in distributed.gather_objects(self.skipped) for problem in those]
-
-    def result(self) -> dict[str, Any]:
-        """Means over all images so far, and codebook counts; raises `DataError` if there was none."""
-        if not self.images:
-            raise DataError(f"no image to evaluate on can be read; the first: {self.skipped[0]}")
-        distance = {} if not self.features else {"frechet_distance": frechet_distance(*self.features)}
-        return {
-            "images": self.images,
-            "skipped": len(self.skipped),
-            "psnr": self._psnr / self.images,
-            "ssim": self._ssim / self.images,
-            **distance,
-            "codes_used": self.usage.codes_used,
-            "codebook_usage": self.usage.usage,
-            "codebook_perplexity": self.usage.perplexity,
-        }
-
-
-def measure(
-    model: VQHiT,
-    source: ImageSource,
-    indices: Sequence[int],
-    batch_size: int,
-    workers: int,
-    on_batch: Callable[[int], None] | None = None,
-    network: FeatureDistance | None = None,
-) -> Reconstruction:
-    """Reconstruct the center crops of some images and compare; each process takes its share, all return the same.
-
-    `on_batch` is told how many images each batch of this process had.
-    """
-    measured = Reconstruction(model, network)
-    for batch in _my_crops(source, indices, model.config.image_size, batch_size, workers):
-        if len(batch.images):
-            measured.update(batch.images)
-        measured.skipped += batch.skipped
-        if on_batch is not None:
-            on_batch(len(batch.images))
-    measured.gather()
-    return measured
-
-
-def _my_crops(source: ImageSource, indices: Sequence[int], size: int, batch_size: int, workers: int) -> Iterator[Batch]:
-    """Center crops of this process's share of some images."""
-    mine = indices[distributed.rank() :: distributed.world_size()]
-    order = (mine[start : start + batch_size] for start in range(0, len(mine), batch_size))
-    return iter(load_batches(CenterCrops(source, size), order, workers))
-
-
-def image_features(
-    network: FeatureDistance,
-    source: ImageSource,
-    indices: Sequence[int],
-    size: int,
-    *,
-    batch_size: int,
-    workers: int,
-    on_batch: Callable[[int], None] | None = None,
-) -> tuple[FeatureSums, list[str]]:
-    """Pooled features of the center crops of some images, of all processes; and what was wrong with unreadable ones.
-
-    Raises `DataError` if fewer than two can be read.
-    """
-    sums, skipped = FeatureSums(network.pooled_dim(size)), []
-    for batch in _my_crops(source, indices, size, batch_size, workers):
-        if len(batch.images):
-            sums.update(network.pooled(from_uint8(batch.images.to(network.mean.device))))
-        skipped += batch.skipped
-        if on_batch is not None:
-            on_batch(len(batch.images))
-    sums.gather()
-    skipped = [problem for those in distributed.gather_objects(skipped) for problem in those]
-    if sums.count < 2:
-        reason = f"; the first problem: {skipped[0]}" if skipped else ""
-        raise DataError(f"a Fréchet distance needs at least 2 images; {sums.count} can be read{reason}")
-    return sums, skipped
-
-
-def sample_features(
-    network: FeatureDistance,
-    model: Generator,
-    count: int,
-    *,
-    seed: int = 0,
-    batch_size: int,
-    on_batch: Callable[[int], None] | None = None,
-) -> FeatureSums:
-    """Pooled features of the first `count` samples of a seed, rounded to uint8, of all processes."""
-    sums = FeatureSums(network.pooled_dim(model.image_size))
-    mine = range(count)[distributed.rank() :: distributed.world_size()]
-    for images in model.samples(mine, seed=seed, batch_size=batch_size):
-        sums.update(network.pooled(from_uint8(to_uint8(images))))
-        if on_batch is not None:
-            on_batch(len(images))
-    sums.gather()
-    return sums
+    settings = settings or EvaluationSettings()
+    size, weight = model.config.image_size, model.quant_conv.weight
+    source, indices = _open(data, settings)
+    protocol = Protocol(settings, "a tokenizer", OF_TOKENIZERS, size=size, device=weight.device, pictures=len(indices))
+    with _exact_float32(), _bar("eval", len(indices), settings) as bar:
+        comparison = protocol.comparison()
+        measured = measure(
+            model,
+            source,
+            indices,
+            batch_size=settings.batch_size,
+            workers=settings.workers,
+            comparison=comparison,
+            on_batch=bar.advance,
+        )
+    _check_skipped(settings, measured.skipped, len(indices))
+    found = measured.result()
+    if "codebook" in comparison.metrics and settings.codebook_picture is not None and distributed.is_first():
+        codebook_histogram(measured.usage, settings.codebook_picture)
+    reference = protocol.describe_images(data, settings.split, measured.images)
+    protocol.save_statistics(comparison, reference)
+    return {
+        **found,
+        "codebook_size": model.codebook_size,
+        "tokens_per_image": model.num_tokens,
+        "skipped_images": measured.skipped,
+        **protocol.closing(
+            comparison,
+            protocol.describe_statistics() if protocol.statistics else reference,
+            measured.images,
+            originals=reference,
+            pictures="reconstructions of the originals, clamped and rounded to uint8",
+            dtype=_name(weight.dtype),
+        ),
+    }
 
 
 def evaluate_generator(
-    model: Generator,
-    data: Path | str,
-    *,
-    features: FeaturesConfig,
-    feature_weights: Path | str,
-    samples: int = 50_000,
-    seed: int = 0,
-    split: str | None = None,
-    batch_size: int = 16,
-    limit: int | None = None,
-    workers: int = 0,
-    max_bad: float = 0.01,
+    model: Generator, data: Path | str | None, settings: EvaluationSettings | None = None
 ) -> dict[str, Any]:
-    """Fréchet distance between samples and the images of a folder or a data set; JSON-able, with its protocol.
+    """Measure `settings.samples` samples of a generator against the images of a folder or a data set, or `stats`.
 
-    It is a proxy, not FID: it depends on the network and on both numbers of images. `limit` takes that many images,
-    evenly spaced; images that cannot be read as for `evaluate_tokenizer`.
+    FID compares the features of the samples with those of the images' center crops, both uint8. Otherwise as
+    `evaluate_tokenizer`.
     """
-    if samples < 2:
-        raise ValueError(f"a Fréchet distance needs at least 2 samples; found {samples}")
-    network = feature_network(features, feature_weights).to(next(model.parameters()).device)
-    source = open_source(SourceConfig(path=str(data), split=split), split="validation")
-    indices = evenly_spaced(len(source), limit)
-    started = time.perf_counter()
-    batches = math.ceil(len(indices) / batch_size) + math.ceil(samples / batch_size)
-    with _exact_float32(), ProgressBar("eval", batches) as bar:
-        settings: dict[str, Any] = {"batch_size": batch_size, "on_batch": bar.advance}
-        of_images, bad = image_features(network, source, indices, model.image_size, workers=workers, **settings)
-        skipped = Skipped(max_bad, len(indices))
-        skipped.add(bad)
-        skipped.check(len(indices))
-        of_samples = sample_features(network, model, samples, seed=seed, **settings)
+    settings = settings or EvaluationSettings()
+    weight = next(model.parameters())
+    samples = settings.samples
+    protocol = Protocol(
+        settings, "a generator", OF_GENERATORS, size=model.image_size, device=weight.device, pictures=samples
+    )
+    with _exact_float32():
+        comparison = protocol.comparison()
+        reference, skipped = _take_reference(protocol, comparison, data, "data")
+        with _bar("samples", samples, settings) as bar:
+            take_samples(
+                comparison, model, samples, seed=settings.seed, batch_size=settings.batch_size, on_batch=bar.advance
+            )
+        comparison.gather()
+    found = comparison.result()
+    protocol.save_statistics(comparison, reference)
     return {
-        "images": of_images.count,
-        "samples": of_samples.count,
-        "skipped": len(bad),
-        "frechet_distance": frechet_distance(of_images, of_samples),
-        "skipped_images": bad,
-        "seconds": round(time.perf_counter() - started, 2),
-        "protocol": {
-            **_describe_data(data, split, model.image_size),
-            "seed": seed,
-            "rounding": "samples clamped and rounded to uint8",
-            "frechet_distance": _describe(features, feature_weights, "images and of the uint8 samples"),
-            **_describe_run(next(model.parameters())),
-        },
+        "images": reference.get("images"),
+        "samples": samples,
+        "skipped": len(skipped),
+        **found,
+        "skipped_images": skipped,
+        **protocol.closing(
+            comparison,
+            reference,
+            samples,
+            pictures=f"{samples} samples of seed {settings.seed}, clamped and rounded to uint8",
+            dtype=_name(weight.dtype),
+        ),
     }
 
 
-def evaluate_tokenizer(
-    model: VQHiT,
-    data: Path | str,
+def evaluate_pictures(
+    pictures: Path | str,
+    reference: Path | str | None,
+    settings: EvaluationSettings | None = None,
     *,
-    split: str | None = None,
-    batch_size: int = 16,
-    limit: int | None = None,
-    workers: int = 0,
-    max_bad: float = 0.01,
-    features: FeaturesConfig | None = None,
-    feature_weights: Path | str | None = None,
+    size: int | None = None,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Measure a tokenizer on a folder of images or a data set; the result is JSON-able and names its protocol.
+    """Measure pictures that anything else has made against reference images, or `stats`, under the same protocol.
 
-    `limit` takes that many images, evenly spaced in the list. Those that cannot be read are left out and listed; raises
-    `DataError` if they are more than the share `max_bad`. With `features` and a file of that network's weights, the
-    Fréchet distance between its pooled features of images and reconstructions is measured too: a proxy, not FID, which
-    depends on the network and on the number of images.
+    All pictures must be squares of one size, to which the reference is center-cropped; with `size` both are. PSNR, SSIM
+    and LPIPS, if they are asked for, compare each picture with the image of the same name, the suffix apart. Otherwise
+    as `evaluate_tokenizer`.
     """
-    network: FeatureDistance | None = None
-    described = {}
-    if features is not None and feature_weights is not None:
-        network = feature_network(features, feature_weights).to(model.quant_conv.weight.device)
-        described = {
-            "frechet_distance": _describe(features, feature_weights, "images and of their uint8 reconstructions")
-        }
-    elif features is not None or feature_weights is not None:
-        missing = "a network and its layers (features)" if features is None else "a file of weights (feature_weights)"
-        raise ValueError(f"the Fréchet distance needs {missing} too")
-    source = open_source(SourceConfig(path=str(data), split=split), split="validation")
-    indices = evenly_spaced(len(source), limit)
-    if network is not None and len(indices) < 2:
-        raise ValueError(f"a Fréchet distance needs at least 2 images; found {len(indices)}")
-    started = time.perf_counter()
-    with _exact_float32(), ProgressBar("eval", -(-len(indices) // batch_size)) as bar:
-        measured = measure(model, source, indices, batch_size, workers, bar.advance, network)
-    skipped = Skipped(max_bad, len(indices))
-    skipped.add(measured.skipped)
-    skipped.check(len(indices))
+    settings = settings or EvaluationSettings()
+    source, indices = _open(pictures, settings)
+    cut, size = size is not None, size or _size_of_first(source)
+    protocol = Protocol(
+        settings,
+        "pictures",
+        OF_PICTURES,
+        size=size,
+        device=torch.device(device),
+        pictures=len(indices),
+        default=OF_GENERATORS,
+    )
+    pairs = _pairs(source, indices, reference) if protocol.metrics.intersection(PAIRED) else None
+    with _exact_float32():
+        comparison = protocol.comparison()
+        described, skipped = _take_reference(protocol, comparison, reference, "reference")
+        with _bar("pictures", len(indices), settings) as bar:
+            taken = take_pictures(comparison, _crops(protocol, comparison, source, indices, cut), bar.advance)
+        _check_skipped(settings, taken.skipped, len(indices))
+        if pairs is not None:
+            originals, partners = pairs
+            with _bar("pairs", len(indices), settings) as bar:
+                take_pairs(
+                    comparison,
+                    _crops(protocol, comparison, originals, partners),
+                    _crops(protocol, comparison, source, indices, cut),
+                    bar.advance,
+                )
+        comparison.gather()
+    found = comparison.result()
+    protocol.save_statistics(comparison, described)
     return {
-        **measured.result(),
-        "skipped_images": measured.skipped,
-        "codebook_size": model.codebook_size,
-        "tokens_per_image": model.num_tokens,
-        "seconds": round(time.perf_counter() - started, 2),
-        "protocol": {
-            **_describe_data(data, split, model.config.image_size),
-            "rounding": "reconstructions clamped and rounded to uint8",
-            "psnr": f"dB, data range 1, mean over images, at most {PSNR_CEILING_DB:g} each",
-            "ssim": "Gaussian 11x11, sigma 1.5, data range 1, mean over channels and images",
-            **described,
-            **_describe_run(model.quant_conv.weight),
-        },
+        "images": taken.images,
+        "reference_images": described.get("images"),
+        "skipped": len(taken.skipped) + len(skipped),
+        **found,
+        "skipped_images": taken.skipped + skipped,
+        **protocol.closing(
+            comparison,
+            described,
+            taken.images,
+            pictures=protocol.describe_images(
+                pictures, settings.split, taken.images, *([] if cut else ["none: the pictures have this size"])
+            ),
+        ),
     }
 
 
-def _describe_data(data: Path | str, split: str | None, size: int) -> dict[str, Any]:
-    return {
-        "data": str(data),
-        "split": split,
-        "image_size": size,
-        "crop": "ADM center crop: box halving, bicubic resize of the short side",
-    }
+def _open(data: Path | str, settings: EvaluationSettings) -> tuple[ImageSource, Sequence[int]]:
+    source = open_source(SourceConfig(path=str(data), split=settings.split), split="validation")
+    return source, evenly_spaced(len(source), settings.limit)
 
 
-def _describe_run(weight: Tensor) -> dict[str, Any]:
-    return {
-        "dtype": str(weight.dtype).removeprefix("torch."),
-        "device": weight.device.type,
-        "tf32": False,
-        "vqhit": __version__,
-        "torch": torch.__version__,
-    }
+def _crops(
+    protocol: Protocol, comparison: Comparison, source: ImageSource, indices: Sequence[int], cut: bool = True
+) -> Iterator[Crops]:
+    settings = protocol.settings
+    return center_crops(
+        source,
+        indices,
+        protocol.size,
+        batch_size=settings.batch_size,
+        workers=settings.workers,
+        watch=comparison.watch,
+        cut=cut,
+    )
 
 
-def _describe(features: FeaturesConfig, weights: Path | str, of: str) -> dict[str, Any]:
-    return {
-        "features": f"activations, means over positions, of the {of}; not FID",
-        **features.to_dict(),
-        "weights_sha256": sha256(Path(weights).expanduser()),
-        "statistics": "float64, unbiased covariance",
-    }
+def _take_reference(
+    protocol: Protocol, comparison: Comparison, data: Path | str | None, key: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Take in the reference set, if a metric needs it; what describes it, and which images cannot be read."""
+    settings = protocol.settings
+    if protocol.statistics is not None:
+        return protocol.describe_statistics(), []
+    if comparison.of_reference is None:
+        return {}, []
+    if data is None:
+        raise ValueError(f"{key} is missing: a folder of images or a data set to compare with, or stats of one")
+    source, indices = _open(data, settings)
+    with _bar("reference", len(indices), settings) as bar:
+        taken = take_reference(comparison, _crops(protocol, comparison, source, indices), bar.advance)
+    _check_skipped(settings, taken.skipped, len(indices))
+    return protocol.describe_images(data, settings.split, taken.images), taken.skipped
+
+
+def _size_of_first(source: ImageSource) -> int:
+    width, height = source.read(0).size
+    if width != height:
+        raise DataError(f"{source.name(0)}: {width}x{height} px; pictures are squares, unless a size to cut is given")
+    return width
+
+
+def _pairs(
+    source: ImageSource, indices: Sequence[int], reference: Path | str | None
+) -> tuple[ImageSource, Sequence[int]]:
+    """The originals of some pictures, by their names; raises `DataError` naming a picture that has none."""
+    if reference is None:
+        raise ValueError(f"reference is missing: {', '.join(PAIRED)} compare each picture with its original")
+    originals = open_source(SourceConfig(path=str(reference)), split="validation")
+    if not isinstance(source, FolderSource) or not isinstance(originals, FolderSource):
+        raise DataError(f"{', '.join(PAIRED)} need two folders of image files, paired by their names")
+    numbers: dict[str, int] = {}
+    for number in range(len(originals)):
+        if (other := numbers.setdefault(name := originals.stem(number), number)) != number:
+            raise DataError(f"{originals.name(other)} and {originals.name(number)}: both are called {name}")
+    for index in indices:
+        if source.stem(index) not in numbers:
+            raise DataError(f"{source.name(index)}: no image of this name in {reference}")
+    return originals, [numbers[source.stem(index)] for index in indices]
+
+
+def _check_skipped(settings: EvaluationSettings, problems: list[str], asked_for: int) -> None:
+    skipped = Skipped(settings.max_bad, asked_for)
+    skipped.add(problems)
+    skipped.check(asked_for)
+
+
+def _bar(title: str, images: int, settings: EvaluationSettings) -> ProgressBar:
+    mine = len(range(images)[distributed.rank() :: distributed.world_size()])
+    return ProgressBar(title, -(-mine // settings.batch_size), hidden=not distributed.is_first())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @contextmanager

@@ -28,6 +28,16 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise
 
 
+def check_writable(path: Path) -> None:
+    """Raise `ValueError` or `OSError`, before long work, if a file cannot be written there; its folder is made."""
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder; expected the name of a file to write")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    Path(temporary).unlink()
+
+
 def flush(path: Path) -> None:
     """Wait until a file, or a directory's list of names, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -52,11 +62,16 @@ class KnownFile:
     sha256: str
     """Hexadecimal; the first digits where no more are published."""
 
+    def cached(self) -> Path:
+        """Where it is kept: `torch.hub.get_dir()`/checkpoints (`TORCH_HOME` moves it)."""
+        import torch
+
+        return Path(torch.hub.get_dir()) / "checkpoints" / self.name
+
     def find(self, path: Path | str | None = None, key: str = "path") -> Path:
         """Return `path`, or the file in torchvision's cache, downloaded if need be, once its hash is checked.
 
-        The cache is `torch.hub.get_dir()`/checkpoints (`TORCH_HOME` moves it). Raises `ValueError` that says which file
-        to put where, or to name under `key`, if it cannot be had or is another.
+        Raises `ValueError` that says which file to put where, or to name under `key`, if there is none or another.
         """
         import torch
 
@@ -65,7 +80,7 @@ class KnownFile:
             path = Path(path).expanduser()
             check_hash(path, self.sha256)
             return path
-        cached = Path(torch.hub.get_dir()) / "checkpoints" / self.name
+        cached = self.cached()
         if not cached.exists():
             try:
                 cached.parent.mkdir(parents=True, exist_ok=True)
@@ -84,6 +99,14 @@ class KnownFile:
         except ValueError as error:
             raise ValueError(f"{error}; remove it to download it again, or put the right file there") from None
         return cached
+
+    def read(self, path: Path | str | None = None, key: str = "path") -> bytes:
+        """Content of the file that `find` returns; the bytes themselves are hashed, whatever happens to the file."""
+        found = self.find(path, key)
+        data = found.read_bytes()
+        if not hashlib.sha256(data).hexdigest().startswith(self.sha256):
+            raise ValueError(f"{found}: changed while it was read")
+        return data
 
 
 def check_hash(path: Path, expected: str | None = None) -> None:

@@ -68,6 +68,10 @@ class FolderSource:
         """Path of an image file."""
         return os.path.join(self.folder, self._relative_name(index))  # noqa: PTH118
 
+    def stem(self, index: int) -> str:
+        """Name of an image file relative to the folder, without its suffix."""
+        return os.path.splitext(self._relative_name(index))[0]  # noqa: PTH122
+
     def read(self, index: int) -> Image.Image:
         """Decode an image to RGB; raises `ImageError` naming a file that cannot be."""
         return images.load_image(self.name(index))

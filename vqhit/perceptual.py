@@ -8,13 +8,14 @@ come from torchvision's cache or download, or from a file; nothing is unpickled 
 import pickle
 import warnings
 from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, field_validator
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor, nn
 
 from vqhit.config import Config, Finite, NonNegativeInt, Positive, Text
@@ -65,12 +66,15 @@ _VGG16_CONV4_3 = FeaturesConfig(
 
 
 def perceptual_network(
-    kind: PerceptualKind, weights: Path | str | None = None, features: FeaturesConfig | None = None
+    kind: PerceptualKind,
+    weights: Path | str | None = None,
+    features: FeaturesConfig | None = None,
+    key: str = "loss.perceptual_weights",
 ) -> "FeatureDistance | LPIPS":
     """Build a perceptual loss with its weights: a frozen module in eval mode, two (B, 3, H, W) in [-1, 1] -> scalar.
 
     `weights` names the file; without it the published one is taken from torchvision's cache or downloaded (`features`
-    always needs a file). Raises `ValueError` that says which file to put where.
+    always needs a file); `key` is what an error calls it. Raises `ValueError` that says which file to put where.
     """
     if kind == "features":
         if features is None or weights is None:
@@ -78,27 +82,27 @@ def perceptual_network(
                 "perceptual kind 'features' needs a network (perceptual_features) and a file of its weights"
             )
         return feature_network(features, weights)
-    path = (VGG16_CAFFE if kind == "vgg16" else VGG16_TORCHVISION).find(weights, key="loss.perceptual_weights")
+    path = (VGG16_CAFFE if kind == "vgg16" else VGG16_TORCHVISION).find(weights, key)
     if kind == "vgg16":
-        return FeatureDistance(_VGG16_CONV4_3, _read_weights(path), str(path))
-    return LPIPS(_read_weights(path), str(path))
+        return FeatureDistance(_VGG16_CONV4_3, read_weights(path), str(path))
+    return LPIPS(read_weights(path), str(path))
 
 
 def feature_network(config: FeaturesConfig, weights: Path | str) -> "FeatureDistance":
     """Build any network of torchvision's with the weights in a file, frozen."""
     path = Path(weights).expanduser()
     check_hash(path)
-    return FeatureDistance(config, _read_weights(path), str(path))
+    return FeatureDistance(config, read_weights(path), str(path))
 
 
-def check_image_size(perceptual: nn.Module, size: int) -> None:
-    """Raise `ValueError` if images of `size` px are too small for a perceptual network."""
+def check_image_size(perceptual: nn.Module, size: int, key: str = "loss.perceptual_network") -> None:
+    """Raise `ValueError` if images of `size` px are too small for a perceptual network, which is called `key`."""
     black = torch.full((1, 3, size, size), -1.0, device=next(perceptual.parameters()).device)
     try:
         perceptual(black, black)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"loss.perceptual_network: images of {size} px do not pass through it ({reason})") from None
+        raise ValueError(f"{key}: images of {size} px do not pass through it ({reason})") from None
 
 
 class FeatureDistance(nn.Module):
@@ -237,12 +241,16 @@ def _load(layers: nn.Sequential, weights: dict[str, Tensor], source: str) -> Non
     layers.load_state_dict(state, assign=True)
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path | str, data: bytes | None = None) -> dict[str, Tensor]:
+    """Tensors by name from a .pth or .safetensors file, or from its content if that was read already.
+
+    Nothing in it is executed. Raises `ValueError` for a file that is damaged or holds more than tensors.
+    """
     try:
-        if path.suffix == ".safetensors":
-            weights = load_file(path)
+        if Path(path).suffix == ".safetensors":
+            weights = load_file(path) if data is None else load(data)
         else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+            weights = torch.load(path if data is None else BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # torch's own text advises to switch the protection off
         raise ValueError(
             f"{path}: no readable file of weights (it holds more than tensors, or is damaged; a state_dict is needed)"

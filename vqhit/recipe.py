@@ -10,8 +10,8 @@ from vqhit.convnet import ConvNetGeneratorConfig
 from vqhit.data import DataConfig
 from vqhit.discriminator import STDDEV_GROUP, DiscriminatorConfig
 from vqhit.ema import EMAConfig
-from vqhit.evaluate import EvalConfig
 from vqhit.logs import LogConfig
+from vqhit.measure import EvalConfig
 from vqhit.metrics import SSIM_WINDOW
 from vqhit.models import HiTGeneratorConfig, VQHiTConfig
 from vqhit.objective import GANLossConfig, LossConfig
@@ -147,8 +147,8 @@ class RunConfig(Config):
     def _check_generator(self) -> None:
         if self.train.restart_codes_after:
             raise ValueError("train.restart_codes_after moves codes; a generator has none")
-        if self.eval is not None and self.eval.features is None:
-            raise ValueError("eval: a generator is measured by eval.features and eval.feature_weights; give both")
+        if self.eval is not None and not self.eval.compares_features:
+            raise ValueError("eval: a generator needs eval.fid=true, or eval.features and eval.feature_weights")
 
     @property
     def trains_discriminator(self) -> bool:

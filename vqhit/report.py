@@ -3,24 +3,25 @@
 import math
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from vqhit import distributed
-from vqhit.evaluate import image_features, measure, sample_features
+from vqhit.comparison import Comparison, Metric
+from vqhit.extractors import Extractor
 from vqhit.feed import Feed, open_shared
 from vqhit.files import write_atomic
 from vqhit.folder import DataError, FolderSource
-from vqhit.frechet import FeatureSums, frechet_distance
+from vqhit.frechet import FeatureStatistics
 from vqhit.generator import Generator
 from vqhit.images import compare_grid, from_uint8, image_grid, rows_of, to_uint8
 from vqhit.layers import in_eval_mode
 from vqhit.logs import LogConfig, Logs
+from vqhit.measure import Taken, center_crops, measure, take_reference, take_samples
 from vqhit.models import VQHiT, VQHiTConfig
-from vqhit.perceptual import FeatureDistance, feature_network
 from vqhit.progress import say
 from vqhit.recipe import RunConfig
 from vqhit.runs import EVALUATIONS, METRICS, RunFolder
@@ -43,15 +44,18 @@ class Report:
         if config.eval is not None:
             kept = folder.eval_index if folder.exists() else None
             self.evaluated_on = open_shared(config.eval, "validation", kept)
-        self.features: FeatureDistance | None = None
+        self.extractor: Extractor | None = None
         """What the Fréchet distance is measured with, if it is."""
-        if config.eval is not None and config.eval.features is not None and config.eval.feature_weights is not None:
-            self.features = feature_network(config.eval.features, config.eval.feature_weights).to(self.device)
-            self.features.pooled_dim(config.model.image_size)  # raises now, and not at the first evaluation
+        if config.eval is not None and config.eval.compares_features:
+            with distributed.first_here():
+                self.extractor = config.eval.extractor(config.model.image_size)
+            assert self.extractor is not None
+            self.extractor.to(self.device)
             assert self.evaluated_on is not None
             if len(self.evaluated_on) < 2:
                 raise DataError(f"{config.eval.path}: one image; a Fréchet distance needs at least 2")
-        self._of_images: tuple[FeatureSums, list[str]] | None = None
+        self._reference: tuple[FeatureStatistics, Taken] | None = None
+        """Of a generator: what its samples are compared with."""
         self._named: set[str] = set()
 
     def start(self) -> None:
@@ -116,39 +120,52 @@ class Report:
         assert config is not None
         assert self.evaluated_on is not None
         indices = evenly_spaced(len(self.evaluated_on), config.images)
-        workers = self.config.data.workers
         with self.evaluating() as model:
             if isinstance(model, VQHiT):
+                metrics: tuple[Metric, ...] = ("psnr", "ssim", "codebook", *(("rfid",) if self.extractor else ()))
                 measured = measure(
-                    model, self.evaluated_on, indices, self.micro_batch_size, workers, network=self.features
+                    model,
+                    self.evaluated_on,
+                    indices,
+                    batch_size=self.micro_batch_size,
+                    workers=self.config.data.workers,
+                    comparison=Comparison(metrics, self.device, extractor=self.extractor),
                 )
                 found, skipped = measured.result(), measured.skipped
             else:
-                assert self.features is not None
-                batch_size = self.micro_batch_size
-                if self._of_images is None:
-                    self._of_images = image_features(
-                        self.features,
-                        self.evaluated_on,
-                        indices,
-                        model.image_size,
-                        batch_size=batch_size,
-                        workers=workers,
-                    )
-                images, skipped = self._of_images
-                samples = sample_features(
-                    self.features, model, images.count, seed=self.config.seed, batch_size=batch_size
-                )
-                found = {
-                    "images": images.count,
-                    "skipped": len(skipped),
-                    "frechet_distance": frechet_distance(images, samples),
-                }
+                statistics, taken = self._reference or self._take_reference(indices)
+                self._reference = statistics, taken
+                comparison = Comparison(("fid",), self.device, extractor=self.extractor, statistics=statistics)
+                take_samples(comparison, model, taken.images, seed=self.config.seed, batch_size=self.micro_batch_size)
+                comparison.gather()
+                found = {"images": taken.images, "skipped": len(taken.skipped), **comparison.result()}
+                skipped = taken.skipped
         self._append(EVALUATIONS, {"step": self.state.step, **found})
         for problem in skipped:
             if distributed.is_first() and problem not in self._named:
                 say(f"skipped in evaluation: {problem}", sys.stderr)
             self._named.add(problem)
+
+    def _take_reference(self, indices: Sequence[int]) -> tuple[FeatureStatistics, Taken]:
+        """Statistics of the features of the images of `eval`; raises `DataError` if fewer than two can be read."""
+        assert self.evaluated_on is not None
+        comparison = Comparison(("fid",), self.device, extractor=self.extractor)
+        crops = center_crops(
+            self.evaluated_on,
+            indices,
+            self.config.model.image_size,
+            batch_size=self.micro_batch_size,
+            workers=self.config.data.workers,
+            watch=comparison.watch,
+        )
+        taken = take_reference(comparison, crops)
+        comparison.gather()
+        if taken.images < 2:
+            reason = f"; the first problem: {taken.skipped[0]}" if taken.skipped else ""
+            raise DataError(f"a Fréchet distance needs at least 2 images; {taken.images} can be read{reason}")
+        statistics = comparison.reference_statistics({})
+        assert statistics is not None
+        return statistics, taken
 
     @contextmanager
     def evaluating(self) -> Iterator[VQHiT | Generator]:
