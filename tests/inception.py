@@ -32,3 +32,13 @@ def write_random_inception(path):
 def known_as_published(path):
     """The pinned file, with the hash of this one."""
     return dataclasses.replace(extractors.INCEPTION, sha256=sha256(path))
+
+
+class Colours(torch.nn.Module):
+    """A quick network in Inception's place: mean colours as features, and as the logits of three classes."""
+
+    dim, classes, is_fid = 3, 3, True
+
+    def forward(self, images):
+        colours = images.float().mean((2, 3))
+        return extractors.Extracted(colours, colours / 20)

@@ -29,7 +29,8 @@ def golden_pictures():
     deep = (_grey(75, 131).astype(np.uint16) * 257).astype(np.uint16)
     transparent = Image.fromarray(_values(83, 77, 4))
     shade = Image.fromarray(_values(101, 65, 2), "LA")
-    palette = _rgb(129, 97).quantize(16)
+    palette = Image.fromarray(_grey(129, 97) // 16, "P")
+    palette.putpalette([value * 37 % 256 for value in range(48)])
     clear = palette.copy()
     clear.info["transparency"] = 3
     cyan = Image.fromarray(_values(71, 69, 4), "CMYK")

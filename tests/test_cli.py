@@ -157,7 +157,18 @@ def test_user_mistakes_are_one_line_each(inside, model_folder, photo_folder, tmp
         (("--features", "w.pth"), "--features-kind is missing"),
         (("--features-kind", "squeezenet1_1"), "--features is missing"),
         (("--features", "w.pth", "--features-kind", "resnet"), "features kind 'resnet': allowed: squeezenet1_1, vgg16"),
-        (("--metrics", "psnr,fvd"), "metrics"),
+        (("--metrics", "psnr,fvd"), "--metrics: found 'fvd'; allowed: rfid, fid, is, psnr, ssim, lpips, codebook"),
+        (("--metrics", ""), "--metrics: found ''; allowed: rfid"),
+        (("--metrics", "psnr,psnr"), "metrics: found psnr, psnr; each once"),
+        (("--metrics", "psnr", "--inception", "absent.pth"), "inception: none of the metrics needs it; leave it out"),
+        (("--metrics", "psnr", "--lpips", "absent.pth"), "lpips: none of the metrics needs its file; leave it out"),
+        (("--features", "absent.pth", "--features-kind", "squeezenet1_1"), "absent.pth: no such file"),
+        (("--out", "/dev/null"), "/dev/null: no regular file; expected the name of a file"),
+        (("--out", model_folder / "config.json" / "x.json"), "config.json is a file"),
+        (("--out", "same.json", "--save-stats", "same.json"), "same.json: would be written twice"),
+        (("--out", "same.json", "--save-stats", "same_codebook.png"), "same_codebook.png: would be written twice"),
+        (("--out", "s.npz", "--stats", "s.npz"), "s.npz: would overwrite a file that is read"),
+        (("--out", photo_folder / "more" / "eval.json"), "eval_codebook.png: would become one of the images of"),
         (("--metrics", "fid"), "metric 'fid': not of a tokenizer; allowed: rfid, is, psnr, ssim, lpips, codebook"),
         (("--metrics", "rfid", "--inception", "absent.pth"), "absent.pth: no such file"),
         (("--metrics", "rfid", "--inception", model_folder / "config.json"), "config.json: another file, or damaged"),
@@ -221,7 +232,7 @@ def test_the_doctor_lists_what_is_there_and_what_is_not(inside, no_downloads, ph
     )
     assert "fix: downloaded from https://download.pytorch.org/models/vgg16-397923af.pth" in result.stdout
     assert f"ok      data: {photo_folder}: 6 images" in result.stdout
-    assert inside("doctor", "--data", "nowhere", cwd=tmp_path).returncode == 0
+    assert inside("doctor", "--data", "nowhere", cwd=tmp_path).returncode == 1
 
 
 @pytest.fixture
@@ -270,7 +281,7 @@ def test_a_generator_is_measured_by_the_distance_of_its_samples(
     assert result.returncode == 0, result.stderr
     results = json.loads((tmp_path / "eval.json").read_text())
     assert (results["images"], results["samples"]) == (6, 7)
-    assert results["protocol"]["pictures"] == "7 samples of seed 0, clamped and rounded to uint8"
+    assert results["protocol"]["pictures_are"] == "7 samples of seed 0, clamped and rounded to uint8"
     monkeypatch.setattr("vqhit.extractors.INCEPTION", KnownFile("none.pth", "", "0" * 64))
     fails(inside(*given, cwd=tmp_path), "nothing can be measured: cannot download")
 

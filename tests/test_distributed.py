@@ -25,6 +25,9 @@ from tests.commands import (
 )
 from vqhit import checkpoint, distributed
 from vqhit.config import ConfigError
+from vqhit.evaluate import evaluate_tokenizer
+from vqhit.perceptual import FeaturesConfig
+from vqhit.protocol import EvaluationSettings
 from vqhit.recipe import RunConfig
 
 SCRIPT = Path(__file__).parent / "two_processes.py"
@@ -44,8 +47,9 @@ def gan_folder(tmp_path_factory, tiny_generator_config):
     return folder
 
 
-def torchrun(*arguments, cwd, timeout=200):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(SCRIPT), *arguments]
+def torchrun(*arguments, cwd, timeout=200, script=True):
+    arguments = (str(SCRIPT), *arguments) if script else arguments
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent.parent)}
     return subprocess.run(
         command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False, env=environment
@@ -207,34 +211,23 @@ def test_an_evaluation_by_two_processes_is_that_of_one(tiny_model, photo_folder,
     save_file(models.squeezenet1_1(weights=None).features.state_dict(prefix="features."), tmp_path / "w.safetensors")
     (tmp_path / "features.yaml").write_text("network: squeezenet1_1\nlayers: [4]\n")
     picture(50, 50, seed=9).save(photo_folder / "7.png")  # seven images: one process has four, the other three
-    given = (
-        "eval",
-        "--model",
-        "model",
-        "--data",
-        "photos",
-        "--metrics",
-        "rfid,psnr,ssim,codebook",
-        "--batch-size",
-        "2",
+    metrics = ("rfid", "psnr", "ssim", "codebook")
+    settings = EvaluationSettings(
+        metrics=metrics,
+        batch_size=2,
+        features=FeaturesConfig(network="squeezenet1_1", layers=(4,)),
+        feature_weights=str(tmp_path / "w.safetensors"),
+        codebook_picture=str(tmp_path / "one.png"),
     )
-    given = (*given, "--features", "w.safetensors", "--features-kind", "features.yaml", "--workers", "0", "--out")
-    for processes, out in ((1, "one.json"), (2, "two.json")):
-        run = ("torch.distributed.run", "--nproc-per-node", str(processes), "-m", "vqhit", *given, out)
-        done = subprocess.run(
-            [sys.executable, "-m", *run],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent.parent)},
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count(f"{out}: the same, with the protocol") == 1
-    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    one = evaluate_tokenizer(tiny_model, photo_folder, settings)
+    given = ("eval", "--model", "model", "--data", "photos", "--metrics", ",".join(metrics), "--batch-size", "2")
+    network = ("--features", "w.safetensors", "--features-kind", "features.yaml")
+    done = torchrun("-m", "vqhit", *given, *network, "--out", "two.json", cwd=tmp_path, script=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("two.json: the same, with the protocol") == 1
+    two = json.loads((tmp_path / "two.json").read_text())
     assert (one["images"], two["images"]) == (7, 7)
     assert (one["protocol"]["processes"], two["protocol"]["processes"]) == (1, 2)
     for key in ("frechet_distance", "psnr", "ssim", "codebook_perplexity", "dead_codes"):
         assert two[key] == pytest.approx(one[key], rel=1e-6)
-    assert (tmp_path / "two_codebook.png").read_bytes() == (tmp_path / "one_codebook.png").read_bytes()
+    assert (tmp_path / "two_codebook.png").read_bytes() == (tmp_path / "one.png").read_bytes()

@@ -9,6 +9,7 @@ import lpips
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torchvision import models
@@ -21,7 +22,7 @@ from vqhit.extractors import InceptionExtractor, PooledExtractor
 from vqhit.files import KnownFile, sha256
 from vqhit.folder import DataError, list_images
 from vqhit.images import center_crop, from_uint8, load_image, pil_to_uint8, to_uint8
-from vqhit.measure import Reconstruction
+from vqhit.measure import Reconstruction, exact_float32
 from vqhit.metrics import psnr, ssim
 from vqhit.perceptual import FeaturesConfig
 from vqhit.protocol import EvaluationSettings
@@ -109,11 +110,12 @@ def test_every_metric_is_its_oracles(tiny_model, twelve, inception, vgg16, tmp_p
     results = evaluate_tokenizer(tiny_model, twelve, EvaluationSettings(**given))  # all of them
     originals, reconstructions = crops_and_reconstructions(tiny_model, twelve)
     network = InceptionExtractor(inception)
-    (of_originals, _), (of_reconstructions, logits) = network(originals), network(reconstructions)
-    assert results["rfid"] == pytest.approx(fid(of_originals, of_reconstructions), rel=1e-4)  # of five at a time
-    expected = isc_features_to_metric(logits)
-    assert results["is"] == pytest.approx(expected["inception_score_mean"], rel=1e-6)
-    assert results["is_std"] == pytest.approx(expected["inception_score_std"], rel=1e-4, abs=1e-7)
+    found = [[network(part) for part in images.split(5)] for images in (originals, reconstructions)]
+    of_originals, of_reconstructions = (torch.cat([part.features for part in parts]) for parts in found)
+    assert results["rfid"] == pytest.approx(fid(of_originals, of_reconstructions), rel=1e-9)  # 12 images, 2048 features
+    expected = isc_features_to_metric(torch.cat([part.logits for part in found[1]]))
+    assert results["is"] == pytest.approx(expected["inception_score_mean"], rel=1e-12)
+    assert results["is_std"] == pytest.approx(expected["inception_score_std"], rel=1e-9)
     theirs = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     for part in theirs.net.children():
         part.load_state_dict({k: v for k, v in trunk.state_dict().items() if k in part.state_dict()})
@@ -129,10 +131,12 @@ def test_every_metric_is_its_oracles(tiny_model, twelve, inception, vgg16, tmp_p
         "data": str(twelve),
         "split": None,
         "images": 12,
+        "selection": "all",
         "image_size": 16,
+        "decoding": "PIL, turned as EXIF says, transparency over white, 16-bit grey scaled to 8",
         "crop": "ADM center crop: box halving, bicubic resize of the short side",
     }
-    assert "12 images: not comparable" in protocol["remark"]
+    assert protocol["remark"].startswith("12 pictures against 12 images: the fewer, the higher")
     assert protocol["versions"]["torch"] == torch.__version__
     assert 0 < results["share_in_networks"] < 1
     json.dumps(results, allow_nan=False)
@@ -185,12 +189,12 @@ def test_statistics_of_a_reference_set_are_saved_and_used_again(tiny_model, twel
     with pytest.raises(ValueError, match=r"s\.npz: statistics of 192 features; this network has 128"):
         measured(tiny_model, twelve, ("rfid",), **other, stats=str(tmp_path / "s.npz"))
     other = {**network, "features": squeezenet[0].model_copy(update={"max_value": 255.0})}
-    with pytest.raises(ValueError, match=r"s\.npz: made with network .*; this evaluation has"):
+    with pytest.raises(ValueError, match=r"s\.npz: made with preprocessing .*; this evaluation has"):
         measured(tiny_model, twelve, ("rfid",), **other, stats=str(tmp_path / "s.npz"))
     np.savez(tmp_path / "foreign.npz", mu=np.zeros(192), sigma=np.eye(192))
     foreign = measured(tiny_model, twelve, ("rfid",), **network, stats=str(tmp_path / "foreign.npz"))
     assert foreign["protocol"]["reference"]["made_by"].startswith("unknown")
-    with pytest.raises(ValueError, match="stats: no metric that is measured compares features"):
+    with pytest.raises(ValueError, match=r"stats: no metric that is measured compares features$"):
         measured(tiny_model, twelve, ("psnr",), stats=str(tmp_path / "s.npz"))
 
 
@@ -208,7 +212,7 @@ def test_pictures_of_anything_else_are_measured_by_the_same_protocol(
     results |= evaluate_pictures(made, None, EvaluationSettings(metrics=("is",), inception=str(inception)))
     for key in ("frechet_distance", "is", "psnr", "ssim"):
         assert results[key] == pytest.approx(expected[key], rel=1e-6)
-    assert results["protocol"]["pictures"]["crop"].startswith("none")
+    assert results["protocol"]["pictures_are"]["crop"].startswith("none")
     by_default = evaluate_pictures(made, twelve, EvaluationSettings(**network))
     assert by_default["frechet_distance"] == results["frechet_distance"]
     assert "psnr" not in by_default
@@ -226,7 +230,7 @@ def test_pictures_are_of_one_size_unless_they_are_to_be_cut(twelve, squeezenet, 
         evaluate_pictures(made, twelve, settings)
     same = evaluate_pictures(twelve, twelve, settings, size=16)
     assert same["frechet_distance"] == pytest.approx(0, abs=1e-5)
-    assert same["protocol"]["pictures"]["crop"].startswith("ADM")
+    assert same["protocol"]["pictures_are"]["crop"].startswith("ADM")
 
 
 def test_pairs_are_found_by_name_and_a_picture_without_original_is_named(twelve, tmp_path, picture):
@@ -245,18 +249,80 @@ def test_pairs_are_found_by_name_and_a_picture_without_original_is_named(twelve,
         evaluate_pictures(made, twelve, settings)
 
 
-def test_an_original_that_cannot_be_read_leaves_its_pair_out(twelve, tmp_path, picture):
+def test_an_original_that_cannot_be_read_leaves_its_pair_out_and_is_named(twelve, tmp_path, picture):
     (made := tmp_path / "made").mkdir()
     for index in range(12):
         picture(16, 16, seed=index).save(made / f"{index:02d}.png")
-    whole = evaluate_pictures(made, twelve, EvaluationSettings(metrics=("psnr",), limit=12))
+    settings = EvaluationSettings(metrics=("psnr",), batch_size=5, max_bad=0.2)
+    whole = evaluate_pictures(made, twelve, settings)
     (made / "11.png").unlink()
-    eleven = evaluate_pictures(made, twelve, EvaluationSettings(metrics=("psnr",)))
+    eleven = evaluate_pictures(made, twelve, settings)
     picture(16, 16, seed=11).save(made / "11.png")
     (twelve / "11.png").write_bytes(b"no image")
-    results = evaluate_pictures(made, twelve, EvaluationSettings(metrics=("psnr",), batch_size=5, max_bad=0.2))
+    results = evaluate_pictures(made, twelve, settings)
     assert results["psnr"] == pytest.approx(eleven["psnr"], rel=1e-12)
     assert results["psnr"] != pytest.approx(whole["psnr"], rel=1e-6)
+    assert (results["images"], results["pairs"], results["skipped"]) == (12, 11, 1)
+    assert results["skipped_images"][0].startswith(str(twelve / "11.png"))
+    assert results["protocol"]["originals"]["images"] == 11
+    with pytest.raises(DataError, match="1 of 12 images cannot be read"):
+        evaluate_pictures(made, twelve, EvaluationSettings(metrics=("psnr",)))
+    for path in twelve.iterdir():
+        path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match="psnr: no picture and its original that can be read"):
+        evaluate_pictures(made, twelve, EvaluationSettings(metrics=("psnr",), max_bad=1.0))
+
+
+def test_a_tokenizer_in_training_is_measured_in_eval_mode_and_left_as_it_was(tiny_model, twelve):
+    expected = measured(tiny_model, twelve)
+    tiny_model.train()
+    before = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
+    assert measured(tiny_model, twelve)["psnr"] == expected["psnr"]
+    assert tiny_model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_model.state_dict().items())
+
+
+@pytest.mark.parametrize("metrics", [("lpips",), ("rfid",), ("is",)])
+def test_a_metric_without_its_network_is_refused(metrics):
+    with pytest.raises(ValueError, match=f"{metrics[0]}.*needs"):
+        Comparison((*metrics, "psnr"), "cpu")
+
+
+def test_float32_is_exact_while_it_is_measured_and_then_as_before():
+    places = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [place.fp32_precision for place in places]
+    with exact_float32():
+        assert [place.fp32_precision for place in places] == ["ieee", "ieee"]
+    assert [place.fp32_precision for place in places] == before
+
+
+def test_the_reference_may_be_cropped_as_the_papers_code_does(tiny_generator_config, twelve, squeezenet):
+    torch.manual_seed(0)
+    generator = HiTGenerator(tiny_generator_config).eval()
+    settings = EvaluationSettings(
+        samples=5, crop_proportion=0.5, features=squeezenet[0], feature_weights=str(squeezenet[1])
+    )
+    results = evaluate_generator(generator, twelve, settings)
+    crops = []
+    for name in list_images(twelve):
+        image = load_image(twelve / name)
+        side = min(image.size) / 2
+        left, top = (image.width - side) / 2, (image.height - side) / 2
+        box = (left, top, left + side, top + side)
+        crops.append(pil_to_uint8(image.resize((16, 16), Image.Resampling.BICUBIC, box=box)))
+    extractor = PooledExtractor(*squeezenet, 16)
+    samples = to_uint8(generator.sample(5, seed=0))
+    expected = fid(extractor(torch.stack(crops)).features, extractor(samples).features)
+    assert results["frechet_distance"] == pytest.approx(expected, rel=1e-5)
+    assert results["protocol"]["reference"]["crop"] == "middle square of 0.5 of the short side, bicubic"
+
+
+def test_a_reference_that_is_of_no_use_is_refused(twelve, squeezenet, tmp_path):
+    network = {"features": squeezenet[0], "feature_weights": str(squeezenet[1])}
+    evaluate_pictures(twelve, twelve, EvaluationSettings(**network, save_stats=str(tmp_path / "s.npz")), size=16)
+    settings = EvaluationSettings(**network, stats=str(tmp_path / "s.npz"))
+    with pytest.raises(ValueError, match="reference: stats stand for it; leave it out"):
+        evaluate_pictures(twelve, twelve, settings, size=16)
 
 
 def test_samples_are_compared_with_images_or_their_statistics(

@@ -4,12 +4,13 @@ import contextlib
 import functools
 import hashlib
 import http.server
+import os
 import threading
 
 import pytest
 import torch
 
-from vqhit.files import KnownFile, check_hash, sha256, write_atomic
+from vqhit.files import KnownFile, check_hash, check_writable, sha256, write_atomic
 
 CONTENT = b"weights" * 1000
 HASH = hashlib.sha256(CONTENT).hexdigest()
@@ -53,6 +54,27 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(torch.hub, "_hub_dir", None)
     return tmp_path / "torch" / "hub" / "checkpoints"
+
+
+def test_only_files_are_replaced_and_links_are_followed(tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name, message in (("folder", "a folder; expected"), ("pipe", "no regular file; expected")):
+        for attempt in (check_writable, lambda path: write_atomic(path, b"")):
+            with pytest.raises(ValueError, match=message):
+                attempt(tmp_path / name)
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    write_atomic(tmp_path / "link", b"content")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_bytes() == b"content"
+
+
+def test_whether_a_file_can_be_written_is_known_without_making_anything(tmp_path):
+    check_writable(tmp_path / "new" / "folder" / "file")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is a file"):
+        check_writable(tmp_path / "file" / "below")
 
 
 def known(address, name="net.pth", digest=HASH):

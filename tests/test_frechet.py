@@ -88,7 +88,7 @@ def test_features_of_two_networks_are_not_compared():
 def test_statistics_are_saved_as_other_tools_read_them_and_read_as_they_save_them(tmp_path):
     found = statistics(features(50, 6))
     FeatureStatistics(found.mean, found.covariance, {"network": "n"}).save(tmp_path / "ours.npz")
-    with np.load(tmp_path / "ours.npz", allow_pickle=False) as content:  # as pytorch-fid and ADM's evaluator do
+    with np.load(tmp_path / "ours.npz", allow_pickle=False) as content:  # as pytorch-fid does
         np.testing.assert_array_equal(content["mu"], found.mean)
         np.testing.assert_array_equal(content["sigma"], found.covariance)
     again = FeatureStatistics.load(tmp_path / "ours.npz")
@@ -113,7 +113,10 @@ class Trap:
         ({"mu": np.zeros(3), "sigma": np.zeros((3, 2))}, r"mu is \(3,\) and sigma \(3, 2\); expected \(D,\) and"),
         ({"mu": np.zeros(2), "sigma": np.array([[1.0, np.nan], [0, 1]])}, "values that are not finite"),
         ({"mu": np.zeros(2), "sigma": np.array([[1.0, 5], [0, 1]])}, "sigma is not symmetric"),
+        ({"mu": np.zeros(2), "sigma": -np.eye(2)}, "sigma has the eigenvalue -1"),
         ({"mu": np.array([Trap()], dtype=object), "sigma": np.eye(1)}, "not an .npz file of statistics"),
+        ({"mu": np.zeros(2), "sigma": np.array([[1.0, 2], [2, 1]])}, "sigma has the eigenvalue -1"),
+        ({"mu": np.zeros(2) + 1j, "sigma": np.eye(2)}, "not an .npz file of statistics"),
     ],
 )
 def test_files_that_are_no_statistics_are_named_and_nothing_in_them_runs(tmp_path, capsys, arrays, message):

@@ -45,5 +45,8 @@ def test_too_few_images_are_an_error():
     found = InceptionScore(20, 5)
     found.update(logits(3, 5)[:1], [7])
     assert found.result()[0] == pytest.approx(1)  # one image has one class, and groups without images do not count
+    found.update(torch.full((1, 5), torch.nan), [3])
+    with pytest.raises(ValueError, match="logits are not finite"):
+        found.result()
     with pytest.raises(ValueError, match="needs images; none can be read"):
         InceptionScore(20, 5).result()

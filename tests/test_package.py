@@ -27,6 +27,7 @@ FLOORS = [
         "perceptual",
         "inception_score",
         "runs",
+        "stopwatch",
         "tables",
     },
     {"vqgan", "quantizer", "hit", "hub", "folder", "discriminator", "extractors"},

@@ -10,14 +10,17 @@ from PIL import Image
 from safetensors.torch import save_file
 from torchvision import models
 
+from tests.inception import Colours
 from vqhit import HiTGenerator, VQHiT
 from vqhit.config import ConfigError
 from vqhit.convnet import ConvNetGenerator, ConvNetGeneratorConfig
 from vqhit.evaluate import evaluate_generator, evaluate_tokenizer
-from vqhit.folder import DataError
+from vqhit.folder import DataError, FolderSource
+from vqhit.frechet import FeatureSums, frechet_distance
 from vqhit.generator import Purpose, draw_noise
-from vqhit.images import image_grid, rows_of, to_uint8
+from vqhit.images import center_crop, from_uint8, image_grid, pil_to_uint8, rows_of, to_uint8
 from vqhit.layers import BatchNorm
+from vqhit.models import load_model
 from vqhit.perceptual import FeaturesConfig
 from vqhit.protocol import EvaluationSettings
 from vqhit.train import RunConfig, Trainer
@@ -157,16 +160,33 @@ def test_a_tokenizer_is_evaluated_by_the_distance_too(values, tiny_config, photo
         assert found[name] == pytest.approx(measured[name], rel=1e-4), name
 
 
-def test_fid_is_measured_while_training_with_its_own_network(values, tiny_config, photo_folder, inception):
-    values |= {"model": tiny_config.to_dict(), "loss": {}}
-    values["train"]["steps"] = 1
-    values["eval"] = {"path": str(photo_folder), "fid": True, "inception": str(inception)}
+@pytest.mark.parametrize("kind", ["tokenizer", "generator"])
+def test_fid_while_training_is_that_of_the_saved_model(values, tiny_config, photo_folder, monkeypatch, kind):
+    if kind == "tokenizer":
+        values |= {"model": tiny_config.to_dict(), "loss": {}}
+    asked = []
+
+    def build(path, key):
+        asked.append((path, key))
+        return Colours()
+
+    monkeypatch.setattr("vqhit.recipe.InceptionExtractor", build)
+    values["eval"] = {"path": str(photo_folder), "fid": True, "inception": "inception.pth"}
     config = RunConfig.from_dict(values)
-    folder = Trainer(config).run()
-    (found,) = records(config.run_dir, "evaluations.jsonl")
-    settings = EvaluationSettings(metrics=("rfid",), inception=str(inception), batch_size=3)
-    expected = evaluate_tokenizer(VQHiT.from_pretrained(folder), photo_folder, settings)
-    assert found["rfid"] == pytest.approx(expected["rfid"], rel=1e-4)
+    model = load_model(Trainer(config).run())
+    assert asked == [("inception.pth", "eval.inception")]
+    found = records(config.run_dir, "evaluations.jsonl")[-1]
+    photos = FolderSource.scan(photo_folder)
+    crops = torch.stack([pil_to_uint8(center_crop(photos.read(index), 16)) for index in range(len(photos))])
+    pictures = (
+        model.reconstruct(from_uint8(crops)) if kind == "tokenizer" else model.sample(len(photos), seed=config.seed)
+    )
+    sums = [FeatureSums(3), FeatureSums(3)]
+    for each, images in zip(sums, (crops, to_uint8(pictures)), strict=True):
+        each.update(Colours()(images).features)
+    expected = frechet_distance(*(each.statistics() for each in sums))
+    assert found["rfid" if kind == "tokenizer" else "fid"] == pytest.approx(expected, rel=1e-3)
+    assert "frechet_distance" not in found
 
 
 def test_one_image_is_too_few_to_evaluate_on(values, photo_folder, feature_weights, tmp_path):

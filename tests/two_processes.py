@@ -5,16 +5,26 @@ import math
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
-from vqhit import distributed
+from tests.inception import Colours
+from vqhit import HiTGenerator, HiTGeneratorConfig, VQHiT, distributed
+from vqhit.comparison import Comparison
 from vqhit.frechet import FeatureSums
+from vqhit.hit import HiTConfig
 from vqhit.inception_score import InceptionScore
 from vqhit.layers import BatchNorm
+from vqhit.measure import ImageSet, measure, take_pairs, take_pictures, take_reference, take_samples
 from vqhit.recipe import RunConfig
+from vqhit.sources import open_source
 from vqhit.train import Trainer
+
+TINY_GENERATOR = HiTGeneratorConfig(
+    latent_dim=4, backbone=HiTConfig(widths=(32, 16), depths=(1, 1), heads=(4, 2), block_sizes=(4,))
+)
 
 
 def sum_of_weights(trainer):
@@ -122,6 +132,47 @@ def score():
     assert shared.result() == pytest.approx(whole.result(), rel=1e-12)
 
 
+def evaluations():
+    """Tokenizer, generator and pictures, measured by both processes, one bad image among them, as by each alone."""
+    config = RunConfig.from_yaml("run.json")
+    photos = open_source(config.data)
+    given = {"source": photos, "indices": range(len(photos)), "size": 16, "batch_size": 2, "workers": 0}
+    torch.manual_seed(0)
+    tokenizer, generator = VQHiT(config.model).eval(), HiTGenerator(TINY_GENERATOR).eval()
+
+    def compare(metrics, count):
+        return Comparison(metrics, "cpu", extractor=Colours(), pictures=count)
+
+    def of_tokenizer():
+        metrics = ("rfid", "is", "psnr", "ssim", "codebook")
+        measured = measure(tokenizer, ImageSet(**given), compare(metrics, len(photos)))
+        return measured.result(), sorted(measured.skipped)
+
+    def of_generator():
+        comparison = compare(("fid", "is"), 13)
+        take_samples(comparison, generator, 13, seed=1, batch_size=3)
+        taken = take_reference(comparison, ImageSet(**given))
+        comparison.gather()
+        return comparison.result(), taken.images, sorted(taken.skipped)
+
+    def of_pictures():
+        comparison = compare(("fid", "is", "psnr"), len(photos))
+        taken = [
+            take_reference(comparison, ImageSet(**given, proportion=0.5)),
+            take_pictures(comparison, ImageSet(**given)),
+            take_pairs(comparison, ImageSet(**given, proportion=0.5), ImageSet(**given)),
+        ]
+        comparison.gather()
+        return comparison.result(), [(images, sorted(skipped)) for images, skipped in taken], comparison.pairs
+
+    for evaluate in (of_tokenizer, of_generator, of_pictures):
+        with mock.patch.multiple(distributed, rank=lambda: 0, world_size=lambda: 1):
+            expected, *counts = evaluate()
+        found, *shared_counts = evaluate()
+        assert shared_counts == counts, evaluate
+        assert found == pytest.approx(expected, rel=1e-9), evaluate
+
+
 def silence():
     """Process 1 hangs; process 0 gives up after the timeout."""
     if distributed.rank() == 1:
@@ -143,6 +194,7 @@ if __name__ == "__main__":
         agreement()
         distance()
         score()
+        evaluations()
         Path(f"done-{distributed.rank()}").touch()
     else:
         silence()

@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -36,8 +36,10 @@ def main() -> None:
         known = any(text in str(error) for text in ("memory", "DataLoader worker"))
         if os.environ.get("VQHIT_TRACEBACK") or (isinstance(error, RuntimeError) and not known):
             raise
-        if not (type(error).__name__ == "SharedError" and int(os.environ.get("RANK", "0"))):
-            print(f"vqhit: {' '.join(str(error).split())}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", "0"))
+        if not (type(error).__name__ == "SharedError" and rank):
+            process = f"process {rank}: " if rank else ""
+            sys.stderr.write(f"vqhit: {process}{' '.join(str(error).split())}\n")  # at once: there are other processes
         sys.exit(2)
 
 
@@ -188,7 +190,13 @@ def evaluate(
         int | None, typer.Option("--limit", min=1, help="Evaluate this many images, evenly spaced.")
     ] = None,
     split: Annotated[str | None, typer.Option("--split", help="Of a data set; by default validation.")] = None,
-    size: Annotated[int | None, typer.Option("--size", min=1, help="Of --images: cut them to so many px.")] = None,
+    size: Annotated[
+        int | None, typer.Option("--size", min=1, max=4096, help="Of --images: cut them to so many px.")
+    ] = None,
+    crop_proportion: Annotated[
+        float, typer.Option("--crop-proportion", help="Of a reference set: below 1, the middle of the short side.")
+    ] = 1.0,
+    max_bad: Annotated[float, typer.Option("--max-bad", help="Share of unreadable images that stops it.")] = 0.01,
     samples: Annotated[
         int | None, typer.Option("--samples", min=2, help="Of a generator: draw so many; 50,000 if not set.")
     ] = None,
@@ -213,7 +221,9 @@ def evaluate(
         str | None,
         typer.Option("--features-kind", help="That network: squeezenet1_1, vgg16, or a YAML file (configs/features)."),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", help="JSON file to write.")] = Path("eval.json"),
+    out: Annotated[
+        Path, typer.Option("--out", help="JSON file to write; the codebook's histogram goes beside it.")
+    ] = Path("eval.json"),
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 16,
     workers: Annotated[
         int | None,
@@ -228,9 +238,10 @@ def evaluate(
     Example: vqhit eval --model vqhit-tiny-64 --data /data/imagenet/val --metrics psnr,ssim,codebook --limit 1000
     """
     from vqhit import distributed
+    from vqhit.comparison import Metric
     from vqhit.evaluate import evaluate_generator, evaluate_pictures, evaluate_tokenizer
     from vqhit.extractors import features_kind as network_of
-    from vqhit.files import check_writable, sha256, write_atomic
+    from vqhit.files import sha256, write_atomic
     from vqhit.hub import WEIGHTS_FILE, find_model, select_device
     from vqhit.models import VQHiT, load_model
     from vqhit.protocol import EvaluationSettings
@@ -245,19 +256,25 @@ def evaluate(
     for option, value in others.items():
         if value is not None:
             raise ValueError(f"{option} goes with {'--images' if images is None else '--model'}")
-    check_writable(out)
-    if save_stats is not None:
-        check_writable(Path(save_stats))
     picture = out.with_name(f"{out.stem}_codebook.png")
+    _check_outputs(
+        [out, picture, *([] if save_stats is None else [Path(save_stats)])],
+        inputs=[stats, inception, lpips, features],
+        images=data,
+    )
+    names = None if metrics is None else [name.strip() for name in metrics.split(",")]
+    if names is not None and (unknown := [name for name in names if name not in get_args(Metric)]):
+        raise ValueError(f"--metrics: found {unknown[0]!r}; allowed: {', '.join(get_args(Metric))}")
     device = distributed.start(device, timeout_minutes=60)
     if workers is None:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         workers = max(0, min(8, (os.cpu_count() or 1) // processes - 1))
     settings = EvaluationSettings.from_dict(
         {
-            "metrics": None if metrics is None else [name.strip() for name in metrics.split(",") if name.strip()],
+            "metrics": names,
             "split": split,
             "limit": limit,
+            "crop_proportion": crop_proportion,
             "batch_size": batch_size,
             "workers": workers,
             "inception": inception,
@@ -267,10 +284,10 @@ def evaluate(
             "features": None if features is None else network_of(str(features_kind), features),
             "feature_weights": features,
             "codebook_picture": str(picture),
+            "max_bad": max_bad,
             **({} if samples is None else {"samples": samples}),
             **({} if seed is None else {"seed": seed}),
-        },
-        "vqhit eval",
+        }
     )
     if images is not None:
         if samples is not None or seed is not None:
@@ -292,7 +309,8 @@ def evaluate(
             title = f"{results['samples']} samples of {model}"
         results = {"model": model, "model_sha256": sha256(find_model(model) / WEIGHTS_FILE), **results}
     if distributed.is_first():
-        write_atomic(out, (json.dumps(results, indent=2) + "\n").encode())
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(out, (json.dumps(results, indent=2, allow_nan=False) + "\n").encode())
         print_table(title, [evaluation_row(results)])
         for metric, reason in results["left_out"].items():
             print(f"left out: {metric} ({reason})")
@@ -302,6 +320,22 @@ def evaluate(
             print(f"{picture}: how often each code is chosen")
         print(f"{out}: the same, with the protocol")
     distributed.stop()
+
+
+def _check_outputs(outputs: list[Path], inputs: list[str | None], images: str | None) -> None:
+    """Raise `ValueError`, before long work, for files that cannot be written or must not be overwritten."""
+    from vqhit.files import check_writable
+
+    places = [Path(os.path.realpath(path)) for path in outputs]
+    taken = {Path(os.path.realpath(path)) for path in inputs if path is not None}
+    for path, place in zip(outputs, places, strict=True):
+        check_writable(path)
+        if places.count(place) > 1:
+            raise ValueError(f"{path}: would be written twice; give --out and --save-stats different names")
+        if place in taken:
+            raise ValueError(f"{path}: would overwrite a file that is read; choose another name")
+        if images is not None and path.suffix == ".png" and Path(images).resolve() in place.parents:
+            raise ValueError(f"{path}: would become one of the images of {images}; give an --out elsewhere")
 
 
 @app.command()
@@ -376,6 +410,7 @@ def bench(
         raise ValueError(f"found {what!r}; allowed: generators")
     check_writable(out)
     results = bench_generators(device=select_device(device), batch_size=batch_size, rounds=rounds)
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, (json.dumps(results, indent=2) + "\n").encode())
     title = f"{results['protocol']['device']}, batch {batch_size}, eager float32, {rounds} rounds in turns"
     print_table(title, [bench_row(row) for row in results["generators"]])
@@ -397,7 +432,7 @@ def doctor(
     found = []
     for finding in examine(data):
         found.append(finding.state)
-        print(f"{finding.state:8}{finding.what}: {finding.found}", flush=True)
+        print(f"{finding.state:8}{finding.what}: {' '.join(finding.found.split())}", flush=True)
         if finding.fix:
             print(f"{'':8}fix: {finding.fix}", flush=True)
     print(f"{found.count('ok')} found, {found.count('missing')} missing, {found.count('wrong')} wrong")

@@ -1,10 +1,7 @@
 """Running metrics of pictures, beside their originals and beside a reference set: one pass, constant memory."""
 
-import math
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,44 +13,11 @@ from vqhit.images import from_uint8
 from vqhit.inception_score import InceptionScore
 from vqhit.metrics import psnr, ssim
 from vqhit.perceptual import LPIPS
+from vqhit.stopwatch import Stopwatch
 
-T = TypeVar("T")
 Metric = Literal["rfid", "fid", "is", "psnr", "ssim", "lpips", "codebook"]
 PAIRED: tuple[Metric, ...] = ("psnr", "ssim", "lpips")
 """Metrics of two images; the others are of sets of images."""
-
-
-class Stopwatch:
-    """Seconds spent in each part of a loop; on a GPU a part ends when its work has."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.started = time.perf_counter()
-        self.parts: dict[str, float] = {}
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Add the time of this block to a part."""
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.parts[name] = self.parts.get(name, 0.0) + time.perf_counter() - start
-
-    def waiting(self, items: Iterable[T], name: str = "waiting for images") -> Iterator[T]:
-        """The items, the time until each is there added to a part."""
-        iterator = iter(items)
-        while True:
-            with self.part(name):
-                found = next(iterator, None)
-            if found is None:
-                return
-            yield found
-
-    @property
-    def seconds(self) -> float:
-        """Since it was made."""
-        return time.perf_counter() - self.started
 
 
 class Comparison:
@@ -78,25 +42,28 @@ class Comparison:
         self.extractor, self.lpips, self.statistics = extractor, lpips, statistics
         self.watch = Stopwatch(self.device)
         exact = self.device if self.device.type == "cuda" else torch.device("cpu")  # others have no float64
-        self._paired = torch.zeros(1 + len(PAIRED), dtype=torch.float64, device=exact)
-        """Number of pairs, then the sum of each paired metric."""
-        self.of_pictures = self.of_reference = None
-        if self.distance is not None:
-            assert extractor is not None
-            self.of_pictures = FeatureSums(extractor.dim, exact)
-            self.of_reference = FeatureSums(extractor.dim, exact) if statistics is None else None
-        self.score = None
-        if "is" in self.metrics:
-            assert extractor is not None
-            self.score = InceptionScore(pictures, extractor.classes, exact)
+        self.pairs = 0
+        """Number of pictures that were compared with their originals."""
+        paired = [name for name in PAIRED if name in self.metrics]
+        self._sums = {name: torch.zeros((), dtype=torch.float64, device=exact) for name in paired}
+        self.of_pictures = self.of_reference = self.score = None
+        if "lpips" in self.metrics and lpips is None:
+            raise ValueError("lpips needs its network")
+        if asked := sorted(self.metrics & {"rfid", "fid", "is"}):
+            if extractor is None:
+                raise ValueError(f"{', '.join(asked)}: needs a network of features")
+            if "is" in asked:
+                self.score = InceptionScore(pictures, extractor.classes, exact)
+            if asked != ["is"]:
+                self.of_pictures = FeatureSums(extractor.dim, exact)
+                self.of_reference = FeatureSums(extractor.dim, exact) if statistics is None else None
 
     @property
     def distance(self) -> str | None:
         """What the distance of the features is called, if it is measured: only Inception's is FID."""
-        asked = self.metrics & {"rfid", "fid"}
-        if not asked or self.extractor is None:
+        if self.of_pictures is None or self.extractor is None:
             return None
-        return next(iter(asked)) if self.extractor.is_fid else "frechet_distance"
+        return ("rfid" if "rfid" in self.metrics else "fid") if self.extractor.is_fid else "frechet_distance"
 
     @torch.no_grad()
     def add_reference(self, images: Tensor) -> None:
@@ -123,23 +90,22 @@ class Comparison:
     @torch.no_grad()
     def add_pairs(self, originals: Tensor, pictures: Tensor) -> None:
         """Compare pictures with their originals, one by one."""
-        if not self.metrics.intersection(PAIRED):
-            return
-        found = [torch.ones(len(pictures))]
-        with self.watch.part("psnr, ssim"):
-            pair = originals.to(self._paired.device), pictures.to(self._paired.device)
-            for name, metric in (("psnr", psnr), ("ssim", ssim)):
-                found.append(metric(*pair) if name in self.metrics else torch.zeros(len(pictures)))
-        with self.watch.part("lpips"):
-            if "lpips" in self.metrics and self.lpips is not None:
-                found.append(self.lpips.per_image(from_uint8(pictures), from_uint8(originals)))
-            else:
-                found.append(torch.zeros(len(pictures)))
-        self._paired += torch.stack([values.to(self._paired).sum() for values in found])
+        self.pairs += len(pictures)
+        for name, total in self._sums.items():
+            with self.watch.part(name):
+                if name == "lpips":
+                    assert self.lpips is not None
+                    found = self.lpips.per_image(from_uint8(pictures), from_uint8(originals))
+                else:
+                    metric = psnr if name == "psnr" else ssim
+                    found = metric(originals.to(total.device), pictures.to(total.device))
+                total += found.to(total.device).to(total.dtype).sum()
 
     def gather(self) -> None:
         """Take in what the other processes have."""
-        distributed.total(self._paired)
+        self.pairs = sum(distributed.gather_objects(self.pairs))
+        for total in self._sums.values():
+            distributed.total(total)
         for sums in (self.of_pictures, self.of_reference, self.score):
             if sums is not None:
                 sums.gather()
@@ -158,6 +124,6 @@ class Comparison:
                 found[self.distance] = frechet_distance(self.of_pictures.statistics(), reference)
         if self.score is not None:
             found["is"], found["is_std"] = self.score.result()
-        pairs, *sums = self._paired.tolist()
-        found |= {name: value / pairs if pairs else math.nan for name, value in zip(PAIRED, sums, strict=True)}
-        return {name: value for name, value in found.items() if name not in PAIRED or name in self.metrics}
+        if self._sums and not self.pairs:
+            raise ValueError(f"{', '.join(self._sums)}: no picture and its original that can be read")
+        return found | {name: float(total) / self.pairs for name, total in self._sums.items()}

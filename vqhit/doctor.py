@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import platform
-import socket
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -84,7 +83,7 @@ def _weights(file: KnownFile, use: str, key: str) -> Finding:
     try:
         check_hash(path, file.sha256)
     except ValueError:
-        if path.is_file():
+        if path.exists():
             return Finding("wrong", what, f"{path}: damaged, or another file", "remove it to download it again")
         digits = file.sha256 + ("" if len(file.sha256) == 64 else "...")
         fix = f"downloaded from {file.url} when needed; without a network put it there, or name it in {key}"
@@ -100,16 +99,12 @@ def _hub() -> Finding:
     endpoint = constants.ENDPOINT
     if constants.HF_HUB_OFFLINE:
         return Finding("missing", "Hugging Face Hub", "HF_HUB_OFFLINE is set: only what is in the cache", "unset it")
-    before = socket.getdefaulttimeout()
     try:
-        socket.setdefaulttimeout(_TIMEOUT_S)
         for kind in ("models", "datasets"):
             huggingface_hub.get_session().get(f"{endpoint}/api/{kind}?limit=1", timeout=_TIMEOUT_S).raise_for_status()
     except Exception as error:  # of any layer of the network
         fix = "check the network, HTTPS_PROXY and HF_ENDPOINT; what is in the cache works with HF_HUB_OFFLINE=1"
         return Finding("missing", "Hugging Face Hub", f"{endpoint} does not answer ({one_line(error)[:120]})", fix)
-    finally:
-        socket.setdefaulttimeout(before)
     token = "with a token" if huggingface_hub.get_token() else "without a token: hf auth login, to publish"
     return Finding("ok", "Hugging Face Hub", f"{endpoint} answers for models and data sets; {token}")
 
@@ -119,7 +114,7 @@ def _data(data: str) -> Finding:
         source = open_source(SourceConfig(path=data), split="validation")
         source.read(0)
     except ImageError as error:
-        return Finding("wrong", "data", str(error), "the first image cannot be read: look at the others with --limit")
+        return Finding("wrong", "data", str(error), "replace or remove that image; vqhit prepare lists all bad ones")
     except ValueError as error:
-        return Finding("missing", "data", str(error), "name a folder of images, a `datasets` folder, or a Hub id")
+        return Finding("wrong", "data", str(error), "name a folder of images, a `datasets` folder, or a Hub id")
     return Finding("ok", "data", f"{Path(data) if Path(data).exists() else data}: {len(source)} images")

@@ -1,7 +1,7 @@
 """Evaluation that names its protocol: of tokenizers, of generators, and of pictures that anything else has made."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,42 +12,44 @@ from vqhit.comparison import PAIRED, Comparison
 from vqhit.data import Skipped
 from vqhit.folder import DataError, FolderSource
 from vqhit.generator import Generator
-from vqhit.measure import Crops, center_crops, measure, take_pairs, take_pictures, take_reference, take_samples
+from vqhit.images import ImageError
+from vqhit.measure import ImageSet, exact_float32, measure, take_pairs, take_pictures, take_reference, take_samples
 from vqhit.models import VQHiT
 from vqhit.plots import codebook_histogram
 from vqhit.progress import ProgressBar
 from vqhit.protocol import OF_GENERATORS, OF_PICTURES, OF_TOKENIZERS, EvaluationSettings, Protocol
-from vqhit.sources import ImageSource, SourceConfig, evenly_spaced, open_source
+from vqhit.sources import ImageSource, SourceConfig, evenly_spaced, is_image_folder, open_source
+
+_SPLIT = "validation"
 
 
 def evaluate_tokenizer(model: VQHiT, data: Path | str, settings: EvaluationSettings | None = None) -> dict[str, Any]:
-    """Measure a tokenizer on a folder of images or a data set: JSON-able, with the protocol of each number.
+    """Measure a tokenizer, in eval mode, on a folder of images or a data set: JSON-able, with each number's protocol.
 
     rFID compares Inception features of the images' center crops with those of their reconstructions, both uint8. Each
     process takes its share, all return the same. Raises `DataError` for images, and `ValueError` for a network that
     cannot be had or a metric that a tokenizer has not.
     """
     settings = settings or EvaluationSettings()
-    size, weight = model.config.image_size, model.quant_conv.weight
-    source, indices = _open(data, settings)
-    protocol = Protocol(settings, "a tokenizer", OF_TOKENIZERS, size=size, device=weight.device, pictures=len(indices))
-    with _exact_float32(), _bar("eval", len(indices), settings) as bar:
+    weight = model.quant_conv.weight
+    images = _open(data, settings.split, settings, model.config.image_size)
+    protocol = Protocol(
+        settings,
+        "a tokenizer",
+        OF_TOKENIZERS,
+        size=images.size,
+        device=weight.device,
+        pictures=len(images.indices),
+    )
+    with exact_float32(), _bar("eval", images) as bar:
         comparison = protocol.comparison()
-        measured = measure(
-            model,
-            source,
-            indices,
-            batch_size=settings.batch_size,
-            workers=settings.workers,
-            comparison=comparison,
-            on_batch=bar.advance,
-        )
-    _check_skipped(settings, measured.skipped, len(indices))
+        measured = measure(model, images, comparison, bar.advance)
+    _check_skipped(images, measured.skipped)
     found = measured.result()
     if "codebook" in comparison.metrics and settings.codebook_picture is not None and distributed.is_first():
         codebook_histogram(measured.usage, settings.codebook_picture)
-    reference = protocol.describe_images(data, settings.split, measured.images)
-    protocol.save_statistics(comparison, reference)
+    originals = protocol.describe_images(images, data, _split(data, settings.split), measured.images)
+    protocol.save_statistics(comparison, originals)
     return {
         **found,
         "codebook_size": model.codebook_size,
@@ -55,10 +57,11 @@ def evaluate_tokenizer(model: VQHiT, data: Path | str, settings: EvaluationSetti
         "skipped_images": measured.skipped,
         **protocol.closing(
             comparison,
-            protocol.describe_statistics() if protocol.statistics else reference,
-            measured.images,
-            originals=reference,
-            pictures="reconstructions of the originals, clamped and rounded to uint8",
+            protocol.describe_statistics() if protocol.statistics else originals,
+            pictures=measured.images,
+            images=measured.images,
+            originals=originals,
+            pictures_are="reconstructions of the originals, clamped and rounded to uint8",
             dtype=_name(weight.dtype),
         ),
     }
@@ -73,23 +76,24 @@ def evaluate_generator(
     `evaluate_tokenizer`.
     """
     settings = settings or EvaluationSettings()
-    weight = next(model.parameters())
-    samples = settings.samples
+    weight, samples = next(model.parameters()), settings.samples
     protocol = Protocol(
         settings, "a generator", OF_GENERATORS, size=model.image_size, device=weight.device, pictures=samples
     )
-    with _exact_float32():
+    with exact_float32():
         comparison = protocol.comparison()
         reference, skipped = _take_reference(protocol, comparison, data, "data")
-        with _bar("samples", samples, settings) as bar:
+        mine = len(range(samples)[distributed.rank() :: distributed.world_size()])
+        with ProgressBar("samples", -(-mine // settings.batch_size), hidden=not distributed.is_first()) as bar:
             take_samples(
                 comparison, model, samples, seed=settings.seed, batch_size=settings.batch_size, on_batch=bar.advance
             )
         comparison.gather()
     found = comparison.result()
     protocol.save_statistics(comparison, reference)
+    compared = reference.get("images")
     return {
-        "images": reference.get("images"),
+        "images": compared,
         "samples": samples,
         "skipped": len(skipped),
         **found,
@@ -97,8 +101,9 @@ def evaluate_generator(
         **protocol.closing(
             comparison,
             reference,
-            samples,
-            pictures=f"{samples} samples of seed {settings.seed}, clamped and rounded to uint8",
+            pictures=samples,
+            images=samples + (compared or 0),
+            pictures_are=f"{samples} samples of seed {settings.seed}, clamped and rounded to uint8",
             dtype=_name(weight.dtype),
         ),
     }
@@ -115,145 +120,152 @@ def evaluate_pictures(
     """Measure pictures that anything else has made against reference images, or `stats`, under the same protocol.
 
     All pictures must be squares of one size, to which the reference is center-cropped; with `size` both are. PSNR, SSIM
-    and LPIPS, if they are asked for, compare each picture with the image of the same name, the suffix apart. Otherwise
-    as `evaluate_tokenizer`.
+    and LPIPS, if they are asked for, compare each picture with the image of the same name, the suffix apart; pairs of
+    which one cannot be read are left out. `settings.split` is the reference's. Otherwise as `evaluate_tokenizer`.
     """
     settings = settings or EvaluationSettings()
-    source, indices = _open(pictures, settings)
-    cut, size = size is not None, size or _size_of_first(source)
+    made = _open(pictures, None, settings, size)
     protocol = Protocol(
         settings,
         "pictures",
         OF_PICTURES,
-        size=size,
+        size=made.size,
         device=torch.device(device),
-        pictures=len(indices),
+        pictures=len(made.indices),
         default=OF_GENERATORS,
     )
-    pairs = _pairs(source, indices, reference) if protocol.metrics.intersection(PAIRED) else None
-    with _exact_float32():
+    paired = protocol.metrics.intersection(PAIRED)
+    originals = _originals(made, reference, settings) if paired else None
+    of_pairs: dict[str, Any] = {}
+    with exact_float32():
         comparison = protocol.comparison()
-        described, skipped = _take_reference(protocol, comparison, reference, "reference")
-        with _bar("pictures", len(indices), settings) as bar:
-            taken = take_pictures(comparison, _crops(protocol, comparison, source, indices, cut), bar.advance)
-        _check_skipped(settings, taken.skipped, len(indices))
-        if pairs is not None:
-            originals, partners = pairs
-            with _bar("pairs", len(indices), settings) as bar:
-                take_pairs(
-                    comparison,
-                    _crops(protocol, comparison, originals, partners),
-                    _crops(protocol, comparison, source, indices, cut),
-                    bar.advance,
+        described, skipped = _take_reference(protocol, comparison, reference, "reference", needed=not paired)
+        with _bar("pictures", made) as bar:
+            taken = take_pictures(comparison, made, bar.advance)
+        _check_skipped(made, taken.skipped)
+        if originals is not None:
+            with _bar("pairs", made) as bar:
+                pairs = take_pairs(comparison, originals, made, bar.advance)
+            _check_skipped(originals, pairs.skipped)
+            skipped = list(dict.fromkeys([*skipped, *pairs.skipped]))
+            of_pairs = {
+                "originals": protocol.describe_images(
+                    originals, reference, _split(reference, settings.split), pairs.images
                 )
+            }
         comparison.gather()
     found = comparison.result()
     protocol.save_statistics(comparison, described)
+    compared = described.get("images")
     return {
         "images": taken.images,
-        "reference_images": described.get("images"),
+        "reference_images": compared,
+        **({"pairs": comparison.pairs} if of_pairs else {}),
         "skipped": len(taken.skipped) + len(skipped),
         **found,
         "skipped_images": taken.skipped + skipped,
         **protocol.closing(
             comparison,
             described,
-            taken.images,
-            pictures=protocol.describe_images(
-                pictures, settings.split, taken.images, *([] if cut else ["none: the pictures have this size"])
-            ),
+            pictures=taken.images,
+            images=taken.images + (compared or 0),
+            pictures_are=protocol.describe_images(made, pictures, None, taken.images),
+            **of_pairs,
         ),
     }
 
 
-def _open(data: Path | str, settings: EvaluationSettings) -> tuple[ImageSource, Sequence[int]]:
-    source = open_source(SourceConfig(path=str(data), split=settings.split), split="validation")
-    return source, evenly_spaced(len(source), settings.limit)
-
-
-def _crops(
-    protocol: Protocol, comparison: Comparison, source: ImageSource, indices: Sequence[int], cut: bool = True
-) -> Iterator[Crops]:
-    settings = protocol.settings
-    return center_crops(
-        source,
-        indices,
-        protocol.size,
+def _open(
+    data: Path | str, split: str | None, settings: EvaluationSettings, size: int | None, proportion: float = 1.0
+) -> ImageSet:
+    """The images to evaluate on; without a size, ready-made pictures, of the first one's size."""
+    source = open_source(SourceConfig(path=str(data), split=split), split=_SPLIT)
+    indices = evenly_spaced(len(source), settings.limit)
+    return ImageSet(
+        source=source,
+        indices=indices,
+        size=size or _size_of_first(source, indices),
         batch_size=settings.batch_size,
         workers=settings.workers,
-        watch=comparison.watch,
-        cut=cut,
+        proportion=proportion,
+        cut=size is not None,
+        max_bad=settings.max_bad,
     )
 
 
+def _split(data: Path | str | None, split: str | None) -> str | None:
+    """The split that was read; None of a folder of image files, which has none."""
+    return None if data is None or is_image_folder(data) else split or _SPLIT
+
+
 def _take_reference(
-    protocol: Protocol, comparison: Comparison, data: Path | str | None, key: str
+    protocol: Protocol, comparison: Comparison, data: Path | str | None, key: str, needed: bool = True
 ) -> tuple[dict[str, Any], list[str]]:
-    """Take in the reference set, if a metric needs it; what describes it, and which images cannot be read."""
+    """Take in the reference set, if a metric needs it; what describes it, and which images cannot be read.
+
+    Raises `ValueError` for one that is missing, and, if nothing else needs it, for one that is of no use.
+    """
     settings = protocol.settings
-    if protocol.statistics is not None:
-        return protocol.describe_statistics(), []
     if comparison.of_reference is None:
-        return {}, []
+        if data is not None and needed:
+            reason = "stats stand for it" if protocol.statistics else "no metric that is measured compares with it"
+            raise ValueError(f"{key}: {reason}; leave it out")
+        return (protocol.describe_statistics() if protocol.statistics else {}), []
     if data is None:
         raise ValueError(f"{key} is missing: a folder of images or a data set to compare with, or stats of one")
-    source, indices = _open(data, settings)
-    with _bar("reference", len(indices), settings) as bar:
-        taken = take_reference(comparison, _crops(protocol, comparison, source, indices), bar.advance)
-    _check_skipped(settings, taken.skipped, len(indices))
-    return protocol.describe_images(data, settings.split, taken.images), taken.skipped
+    images = _open(data, settings.split, settings, protocol.size, settings.crop_proportion)
+    with _bar("reference", images) as bar:
+        taken = take_reference(comparison, images, bar.advance)
+    _check_skipped(images, taken.skipped)
+    return protocol.describe_images(images, data, _split(data, settings.split), taken.images), taken.skipped
 
 
-def _size_of_first(source: ImageSource) -> int:
-    width, height = source.read(0).size
-    if width != height:
-        raise DataError(f"{source.name(0)}: {width}x{height} px; pictures are squares, unless a size to cut is given")
-    return width
+def _size_of_first(source: ImageSource, indices: Sequence[int]) -> int:
+    """Side of the first picture that can be read; raises `DataError` if that is no square, or there is none."""
+    problem = ""
+    for index in indices:
+        try:
+            width, height = source.read(index).size
+        except ImageError as error:
+            problem = problem or str(error)
+            continue
+        if width != height:
+            raise DataError(
+                f"{source.name(index)}: {width}x{height} px; pictures are squares, unless a size to cut is given"
+            )
+        return width
+    raise DataError(f"no picture can be read; the first: {problem}")
 
 
-def _pairs(
-    source: ImageSource, indices: Sequence[int], reference: Path | str | None
-) -> tuple[ImageSource, Sequence[int]]:
+def _originals(made: ImageSet, reference: Path | str | None, settings: EvaluationSettings) -> ImageSet:
     """The originals of some pictures, by their names; raises `DataError` naming a picture that has none."""
     if reference is None:
         raise ValueError(f"reference is missing: {', '.join(PAIRED)} compare each picture with its original")
-    originals = open_source(SourceConfig(path=str(reference)), split="validation")
-    if not isinstance(source, FolderSource) or not isinstance(originals, FolderSource):
+    originals = _open(reference, settings.split, settings, made.size)
+    if not isinstance(made.source, FolderSource) or not isinstance(originals.source, FolderSource):
         raise DataError(f"{', '.join(PAIRED)} need two folders of image files, paired by their names")
-    numbers: dict[str, int] = {}
-    for number in range(len(originals)):
-        if (other := numbers.setdefault(name := originals.stem(number), number)) != number:
-            raise DataError(f"{originals.name(other)} and {originals.name(number)}: both are called {name}")
-    for index in indices:
-        if source.stem(index) not in numbers:
-            raise DataError(f"{source.name(index)}: no image of this name in {reference}")
-    return originals, [numbers[source.stem(index)] for index in indices]
+    for source, indices in ((made.source, made.indices), (originals.source, range(len(originals.source)))):
+        names: dict[str, int] = {}
+        for index in indices:
+            if (other := names.setdefault(name := source.stem(index), index)) != index:
+                raise DataError(f"{source.name(other)} and {source.name(index)}: both are called {name}")
+    for index in made.indices:
+        if made.source.stem(index) not in names:
+            raise DataError(f"{made.source.name(index)}: no image of this name in {reference}")
+    return replace(originals, indices=[names[made.source.stem(index)] for index in made.indices])
 
 
-def _check_skipped(settings: EvaluationSettings, problems: list[str], asked_for: int) -> None:
-    skipped = Skipped(settings.max_bad, asked_for)
+def _check_skipped(images: ImageSet, problems: list[str]) -> None:
+    """Over all processes; each has checked its own share on the way."""
+    skipped = Skipped(images.max_bad, len(images.indices))
     skipped.add(problems)
-    skipped.check(asked_for)
+    skipped.check(len(images.indices))
 
 
-def _bar(title: str, images: int, settings: EvaluationSettings) -> ProgressBar:
-    mine = len(range(images)[distributed.rank() :: distributed.world_size()])
-    return ProgressBar(title, -(-mine // settings.batch_size), hidden=not distributed.is_first())
+def _bar(title: str, images: ImageSet) -> ProgressBar:
+    mine = len(images.indices[distributed.rank() :: distributed.world_size()])
+    return ProgressBar(title, -(-mine // images.batch_size), hidden=not distributed.is_first())
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-@contextmanager
-def _exact_float32() -> Iterator[None]:
-    """On CUDA, do not round float32 to TF32 (cuDNN's convolutions do by default)."""
-    places: tuple[Any, ...] = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = [place.allow_tf32 for place in places]
-    try:
-        for place in places:
-            place.allow_tf32 = False
-        yield
-    finally:
-        for place, allowed in zip(places, before, strict=True):
-            place.allow_tf32 = allowed

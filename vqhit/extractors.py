@@ -65,6 +65,16 @@ class InceptionExtractor(nn.Module):
     def forward(self, images: Tensor) -> Extracted:
         return Extracted(*self.network(images))
 
+    @property
+    def sha256(self) -> str:
+        """Of the file of weights."""
+        return INCEPTION.sha256
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """All beside the weights that features depend on, JSON-able."""
+        return {"network": "inception-v3-compat", "layer": "2048"}
+
     def describe(self) -> dict[str, Any]:
         """JSON-able: the network, its file, its preprocessing."""
         return {
@@ -88,19 +98,24 @@ class PooledExtractor(nn.Module):
 
     def __init__(self, config: FeaturesConfig, weights: Path | str, size: int) -> None:
         super().__init__()
-        self.config, self.sha256 = config, sha256(Path(weights).expanduser())
-        self.network = feature_network(config, weights)
+        self.config, self.network = config, feature_network(config, weights)
+        self.sha256 = sha256(Path(weights).expanduser())
         self.dim = self.network.pooled_dim(size)
 
     def forward(self, images: Tensor) -> Extracted:
         return Extracted(self.network.pooled(from_uint8(images)), None)
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """All beside the weights that features depend on, JSON-able."""
+        return self.config.to_dict()
 
     def describe(self) -> dict[str, Any]:
         """JSON-able: the network, its file, its preprocessing."""
         return {
             "name": f"{self.config.network} of torchvision, means of activations over positions: not FID",
             "sha256": self.sha256,
-            **self.config.to_dict(),
+            **self.preprocessing,
         }
 
 
@@ -122,3 +137,10 @@ def features_kind(kind: str, weights: Path | str) -> FeaturesConfig:
     path = Path(weights).expanduser()
     pixels = _CAFFE_PIXELS if path.is_file() and sha256(path) in _CAFFE_FILES else {}
     return FeaturesConfig(network=kind, layers=(_LAST_LAYER[kind],), **pixels)
+
+
+def check_features(features: FeaturesConfig | None, weights: str | None) -> None:
+    """Raise `ValueError` if there is a network without its weights, or weights without their network."""
+    if (features is None) != (weights is None):
+        missing = "features, a network," if features is None else "feature_weights, a file,"
+        raise ValueError(f"{missing} is missing: a Fréchet distance needs both")

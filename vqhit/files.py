@@ -14,8 +14,15 @@ _TIMEOUT_S = 30.0  # without an answer
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, flush it to disk, then rename it into place."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write a file under a temporary name, flush it to disk, then rename it into place; a link's target is written.
+
+    Raises `ValueError` for a path that is taken by anything but a file, `OSError` if it cannot be written.
+    """
+    path = _free(path)
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror})") from None
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -29,13 +36,24 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise `ValueError` or `OSError`, before long work, if a file cannot be written there; its folder is made."""
+    """Raise `ValueError`, before long work, if a file cannot be written there; makes nothing."""
+    above = _free(path).parent
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{path}: cannot be written, {above} {'cannot be written to' if above.is_dir() else 'is a file'}"
+        )
+
+
+def _free(path: Path) -> Path:
+    """Where a file is to be written; raises `ValueError` for a place that is taken by anything but a file."""
+    path = Path(os.path.realpath(path))
     if path.is_dir():
         raise ValueError(f"{path}: a folder; expected the name of a file to write")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    Path(temporary).unlink()
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: no regular file; expected the name of a file to write")
+    return path
 
 
 def flush(path: Path) -> None:

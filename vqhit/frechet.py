@@ -1,6 +1,7 @@
 """The Fréchet distance between two sets of features, from float64 sums: one pass, constant memory, many processes."""
 
 import json
+import zipfile
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -33,6 +34,7 @@ class FeatureStatistics:
         content = BytesIO()
         origin = json.dumps(self.origin or {})
         np.savez(content, mu=self.mean.numpy(), sigma=self.covariance.numpy(), vqhit=np.array(origin))
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(Path(path), content.getvalue())
 
     @classmethod
@@ -45,8 +47,10 @@ class FeatureStatistics:
         if not path.is_file():
             raise ValueError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
         try:
+            if not zipfile.is_zipfile(path):
+                raise ValueError("it is no zip archive")
             with np.load(path, allow_pickle=False) as content:
-                mu, sigma = (np.asarray(content[name], dtype=np.float64) for name in ("mu", "sigma"))
+                mu, sigma = (content[name].astype(np.float64, casting="same_kind") for name in ("mu", "sigma"))
                 origin = json.loads(str(content["vqhit"])) if "vqhit" in content else None
         except Exception as error:  # of zip, of numpy, of JSON: a damaged file raises almost any type
             raise ValueError(
@@ -58,6 +62,8 @@ class FeatureStatistics:
             raise ValueError(f"{path}: mu or sigma holds values that are not finite")
         if not np.allclose(sigma, sigma.T, rtol=1e-4, atol=1e-4 * np.abs(sigma).max(initial=0)):
             raise ValueError(f"{path}: sigma is not symmetric, so that it is no covariance")
+        if (spectrum := np.linalg.eigvalsh(sigma))[0] < -1e-3 * abs(spectrum[-1]):
+            raise ValueError(f"{path}: sigma has the eigenvalue {spectrum[0]:g}, so that it is no covariance")
         return cls(torch.from_numpy(mu), torch.from_numpy(sigma), origin if isinstance(origin, dict) else None)
 
 
@@ -71,7 +77,7 @@ class FeatureSums:
 
     def update(self, features: Tensor) -> None:
         """Add feature vectors, (B, D); raises `ValueError` if one of the first is not finite."""
-        exact = features.detach().to(self.total)
+        exact = features.detach().to(self.total.device).to(self.total.dtype)  # some devices have no float64
         if not self.count:
             _check_finite(exact)
         self.count += len(exact)
@@ -104,7 +110,8 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
     """‖μ1 - μ2‖² + tr(C1 + C2 - 2 (C1 C2)^½) (Dowson and Landau 1982; Heusel et al. 2017, eq. 6).
 
     The trace of the root is the sum of the singular values of C1^½ C2^½, which exist for singular covariances too.
-    Only with the features of FID's Inception network is this FID. Raises `ValueError` for vectors of unlike lengths.
+    Only with the features of FID's Inception network is this FID. Raises `ValueError` for vectors of
+    unlike lengths.
     """
     if first.dim != second.dim:
         raise ValueError(f"features of {first.dim} and of {second.dim} numbers: they are of two different networks")
@@ -112,6 +119,8 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
     trace_of_root = torch.linalg.svdvals(roots[0].T @ roots[1]).sum()
     traces = first.covariance.trace() + second.covariance.trace()
     distance = (first.mean - second.mean).square().sum() + traces - 2 * trace_of_root
+    if not distance.isfinite():
+        raise ValueError("the distance is not finite: the statistics hold numbers that are too large")
     return float(distance.clamp(min=0))
 
 

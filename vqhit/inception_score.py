@@ -33,7 +33,7 @@ class InceptionScore:
 
     def update(self, logits: Tensor, numbers: Sequence[int]) -> None:
         """Add the logits (B, classes) of the images of these numbers, each 0 to count - 1."""
-        log_p = logits.detach().to(self.sums).log_softmax(1)
+        log_p = logits.detach().to(self.sums.device).to(self.sums.dtype).log_softmax(1)
         p = log_p.exp()
         rows = torch.cat([p, (p * log_p).sum(1, keepdim=True), torch.ones_like(p[:, :1])], dim=1)
         groups = torch.from_numpy(self._group[list(numbers)].astype(np.int64)).to(rows.device)
@@ -49,6 +49,8 @@ class InceptionScore:
         sums = sums[sums[:, -1] > 0]
         if not len(sums):
             raise ValueError("an inception score needs images; none can be read")
+        if not sums.isfinite().all():
+            raise ValueError("logits are not finite: check the weights of the network")
         counts = sums[:, -1:]
         mean_p, negative_entropy = (sums[:, :-1] / counts).split([sums.shape[1] - 2, 1], dim=1)
         scores = (negative_entropy[:, 0] + torch.special.entr(mean_p).sum(1)).exp()

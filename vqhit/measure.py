@@ -1,72 +1,24 @@
 """Running images through a model and comparing, in one process or several: while training and in `vqhit eval`."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Self
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from pydantic import model_validator
+import torch
 from torch import Tensor
 
 from vqhit import distributed
 from vqhit.codebook import CodebookUsage
-from vqhit.comparison import Comparison, Stopwatch
-from vqhit.config import Count, Flag, Text
-from vqhit.data import CenterCrops, load_batches
-from vqhit.extractors import Extractor, InceptionExtractor, PooledExtractor
+from vqhit.comparison import Comparison
+from vqhit.data import Batch, CenterCrops, Skipped, load_batches
 from vqhit.folder import DataError
 from vqhit.generator import Generator
 from vqhit.images import from_uint8, to_uint8
+from vqhit.layers import in_eval_mode
 from vqhit.models import VQHiT
-from vqhit.perceptual import FeaturesConfig
-from vqhit.sources import ImageSource, SourceConfig
-
-
-class EvalConfig(SourceConfig):
-    """Images to evaluate on while training, with the model that would be saved.
-
-    Of a tokenizer: PSNR, SSIM and codebook usage. With `fid`, or `features` and a file of that network's weights, also
-    the Fréchet distance between features of the images and of their reconstructions, or of as many samples: a generator
-    needs one of the two. Only with `fid` is it called FID.
-    """
-
-    every: Count = 5000
-    """Steps between evaluations; the last step is one too."""
-    images: Count = 1000
-    """At most so many, evenly spaced: always the same ones."""
-    fid: Flag = False
-    """Also rFID; FID of a generator, of as many samples."""
-    inception: Text | None = None
-    """File of FID's network; without it torchvision's cache, or a download."""
-    features: FeaturesConfig | None = None
-    feature_weights: Text | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        check_features(self.features, self.feature_weights)
-        if self.compares_features and self.images < 2:
-            raise ValueError(f"images is {self.images}; a Fréchet distance needs at least 2")
-        if self.fid and self.features is not None:
-            raise ValueError("fid and features: FID has its own network; leave one out")
-        if self.inception is not None and not self.fid:
-            raise ValueError("inception: only fid needs it")
-        return self
-
-    @property
-    def compares_features(self) -> bool:
-        """Whether a Fréchet distance is measured."""
-        return self.fid or self.features is not None
-
-    def extractor(self, size: int) -> Extractor | None:
-        """The network whose features of images of `size` px are compared; raises `ValueError` if it cannot be had."""
-        if self.features is not None and self.feature_weights is not None:
-            return PooledExtractor(self.features, self.feature_weights, size)
-        return InceptionExtractor(self.inception, key="eval.inception") if self.fid else None
-
-
-def check_features(features: FeaturesConfig | None, weights: str | None) -> None:
-    """Raise `ValueError` if there is a network without its weights, or weights without their network."""
-    if (features is None) != (weights is None):
-        missing = "features, a network," if features is None else "feature_weights, a file,"
-        raise ValueError(f"{missing} is missing: a Fréchet distance needs both")
+from vqhit.sources import ImageSource
+from vqhit.stopwatch import Stopwatch
 
 
 class Crops(NamedTuple):
@@ -79,32 +31,67 @@ class Crops(NamedTuple):
     skipped: list[str]
 
 
-def center_crops(
-    source: ImageSource,
-    indices: Sequence[int],
-    size: int,
-    *,
-    batch_size: int,
-    workers: int,
-    watch: Stopwatch,
-    cut: bool = True,
-) -> Iterator[Crops]:
-    """Center crops of this process's share of some images, read ahead by `workers` loader processes."""
-    mine = range(len(indices))[distributed.rank() :: distributed.world_size()]
-    parts = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    batches = load_batches(
-        CenterCrops(source, size, cut), ([indices[number] for number in part] for part in parts), workers
-    )
-    for part, batch in zip(parts, watch.waiting(batches), strict=True):
-        images = batch.images.to(watch.device, non_blocking=True)
-        yield Crops(images, [part[position] for position in batch.kept], batch.skipped)
+@dataclass(frozen=True, kw_only=True)
+class ImageSet:
+    """Some images of a source, and how they are cut (see `CenterCrops`) and read.
+
+    With more than the share `max_bad` that cannot be read, reading raises `DataError`.
+    """
+
+    source: ImageSource
+    indices: Sequence[int]
+    size: int
+    batch_size: int
+    workers: int
+    proportion: float = 1.0
+    cut: bool = True
+    max_bad: float = 1.0
+
+    def crops(self, watch: Stopwatch) -> Iterator[Crops]:
+        """This process's share, on the clock's device, read ahead by the loader processes."""
+        mine = range(len(self.indices))[distributed.rank() :: distributed.world_size()]
+        parts = [mine[start : start + self.batch_size] for start in range(0, len(mine), self.batch_size)]
+        dataset = CenterCrops(self.source, self.size, proportion=self.proportion, cut=self.cut)
+        batches = load_batches(dataset, ([self.indices[number] for number in part] for part in parts), self.workers)
+        skipped, asked_for = Skipped(self.max_bad, len(mine)), 0
+        for part, batch in zip(parts, watch.waiting(_copied_ahead(batches, watch.device)), strict=True):
+            asked_for += len(part)
+            skipped.add(batch.skipped)
+            skipped.check(asked_for)
+            yield Crops(batch.images, [part[position] for position in batch.kept], batch.skipped)
+
+
+def _copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """Batches with their images on the device; to a GPU, copied while it works on the batch before."""
+    if device.type != "cuda":
+        yield from (batch._replace(images=batch.images.to(device)) for batch in batches)
+        return
+    copying = torch.cuda.Stream(device)
+    ahead: Batch | None = None
+    for batch in batches:
+        with torch.cuda.stream(copying):
+            copied = batch._replace(images=batch.images.to(device, non_blocking=True))
+        if ahead is not None:
+            yield ahead
+        working = torch.cuda.current_stream(device)
+        working.wait_stream(copying)
+        copied.images.record_stream(working)
+        ahead = copied
+    if ahead is not None:
+        yield ahead
 
 
 class Taken(NamedTuple):
-    """How many images were taken in, and what was wrong with the others."""
+    """How many images were taken in, and what was wrong with the others, in all processes."""
 
     images: int
     skipped: list[str]
+
+    @classmethod
+    def gather(cls, images: int, skipped: list[str]) -> "Taken":
+        """Add up what each process has."""
+        shares = distributed.gather_objects((images, skipped))
+        return cls(sum(count for count, _ in shares), [problem for _, problems in shares for problem in problems])
 
 
 class Reconstruction:
@@ -120,9 +107,9 @@ class Reconstruction:
         """What was wrong with images that could not be read."""
 
     def update(self, originals: Tensor, numbers: Sequence[int] = ()) -> Tensor:
-        """Encode, decode and compare (B, 3, S, S) uint8 images; returns the reconstructions, uint8."""
+        """Encode, decode, in eval mode, and compare (B, 3, S, S) uint8 images; returns the reconstructions, uint8."""
         originals = originals.to(self.device)
-        with self.comparison.watch.part("tokenizer"):
+        with self.comparison.watch.part("tokenizer"), in_eval_mode(self.model):
             tokens = self.model.encode(from_uint8(originals).to(self.model.quant_conv.weight))
             reconstructions = to_uint8(self.model.decode(tokens))
         self.usage.update(tokens)
@@ -136,9 +123,7 @@ class Reconstruction:
         """Take in what the other processes have measured."""
         self.comparison.gather()
         self.usage = self.usage.gather()
-        shares = distributed.gather_objects((self.images, self.skipped))
-        self.images = sum(images for images, _ in shares)
-        self.skipped = [problem for _, problems in shares for problem in problems]
+        self.images, self.skipped = Taken.gather(self.images, self.skipped)
 
     def result(self) -> dict[str, Any]:
         """Metrics over all images so far, and codebook counts; raises `DataError` if there was none."""
@@ -158,24 +143,18 @@ class Reconstruction:
         }
 
 
+OnBatch = Callable[[int], None] | None
+
+
 def measure(
-    model: VQHiT,
-    source: ImageSource,
-    indices: Sequence[int],
-    *,
-    batch_size: int,
-    workers: int,
-    comparison: Comparison | None = None,
-    on_batch: Callable[[int], None] | None = None,
+    model: VQHiT, images: ImageSet, comparison: Comparison | None = None, on_batch: OnBatch = None
 ) -> Reconstruction:
-    """Reconstruct the center crops of some images and compare; each process takes its share, all return the same.
+    """Reconstruct images and compare; each process takes its share, all return the same.
 
     `on_batch` is told how many images each batch of this process had.
     """
     measured = Reconstruction(model, comparison)
-    watch = measured.comparison.watch
-    size = model.config.image_size
-    for crops in center_crops(source, indices, size, batch_size=batch_size, workers=workers, watch=watch):
+    for crops in images.crops(measured.comparison.watch):
         if crops.numbers:
             measured.update(crops.images, crops.numbers)
         measured.skipped += crops.skipped
@@ -185,46 +164,45 @@ def measure(
     return measured
 
 
-def take_reference(
-    comparison: Comparison, crops: Iterator[Crops], on_batch: Callable[[int], None] | None = None
-) -> Taken:
-    """Take in the images of a reference set; each process takes its share, all return the same."""
-    return _take(comparison, crops, on_batch, lambda images, _: comparison.add_reference(images))
+def take_reference(comparison: Comparison, images: ImageSet, on_batch: OnBatch = None) -> Taken:
+    """Take in a reference set; each process takes its share, all return the same."""
+    return _take(comparison, images, lambda batch, _: comparison.add_reference(batch), on_batch)
 
 
-def take_pictures(comparison: Comparison, crops: Iterator[Crops], on_batch: Callable[[int], None]) -> Taken:
+def take_pictures(comparison: Comparison, images: ImageSet, on_batch: OnBatch = None) -> Taken:
     """Take in ready-made pictures; each process takes its share, all return the same."""
-    return _take(comparison, crops, on_batch, comparison.add_pictures)
+    return _take(comparison, images, comparison.add_pictures, on_batch)
 
 
 def _take(
-    comparison: Comparison,
-    crops: Iterator[Crops],
-    on_batch: Callable[[int], None] | None,
-    add: Callable[[Tensor, list[int]], None],
+    comparison: Comparison, images: ImageSet, add: Callable[[Tensor, list[int]], None], on_batch: OnBatch
 ) -> Taken:
     count = 0
     skipped: list[str] = []
-    for images, numbers, problems in crops:
+    for batch, numbers, problems in images.crops(comparison.watch):
         if numbers:
-            add(images, numbers)
+            add(batch, numbers)
         count, skipped = count + len(numbers), skipped + problems
         if on_batch is not None:
             on_batch(len(numbers))
-    shares = distributed.gather_objects((count, skipped))
-    return Taken(sum(count for count, _ in shares), [problem for _, problems in shares for problem in problems])
+    return Taken.gather(count, skipped)
 
 
-def take_pairs(
-    comparison: Comparison, originals: Iterator[Crops], pictures: Iterator[Crops], on_batch: Callable[[int], None]
-) -> None:
-    """Compare pictures with the originals of the same numbers, where both can be read."""
-    for first, second in zip(originals, pictures, strict=True):
-        both = sorted(set(first.numbers).intersection(second.numbers))
+def take_pairs(comparison: Comparison, originals: ImageSet, pictures: ImageSet, on_batch: OnBatch = None) -> Taken:
+    """Compare pictures with the originals of the same numbers where both can be read; tells of bad originals."""
+    count = 0
+    skipped: list[str] = []
+    pairs = zip(originals.crops(comparison.watch), pictures.crops(comparison.watch), strict=True)
+    for original, picture in pairs:
+        both = sorted(set(original.numbers).intersection(picture.numbers))
         if both:
-            rows = ([batch.numbers.index(number) for number in both] for batch in (first, second))
-            comparison.add_pairs(first.images[next(rows)], second.images[next(rows)])
-        on_batch(len(both))
+            rows = [original.numbers.index(number) for number in both]
+            picture_rows = [picture.numbers.index(number) for number in both]
+            comparison.add_pairs(original.images[rows], picture.images[picture_rows])
+        count, skipped = count + len(both), skipped + original.skipped
+        if on_batch is not None:
+            on_batch(len(both))
+    return Taken.gather(count, skipped)
 
 
 def take_samples(
@@ -234,7 +212,7 @@ def take_samples(
     *,
     seed: int,
     batch_size: int,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: OnBatch = None,
 ) -> None:
     """Take in the first `count` samples of a seed, rounded to uint8; each process draws its share."""
     mine = range(count)[distributed.rank() :: distributed.world_size()]
@@ -244,3 +222,17 @@ def take_samples(
         comparison.add_pictures(to_uint8(images), [next(numbers) for _ in images])
         if on_batch is not None:
             on_batch(len(images))
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """On CUDA, do not round float32 to TF32 (cuDNN's convolutions do by default)."""
+    places: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
+    before = [place.fp32_precision for place in places]
+    try:
+        for place in places:
+            place.fp32_precision = "ieee"
+        yield
+    finally:
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision

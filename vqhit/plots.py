@@ -34,6 +34,7 @@ def codebook_histogram(usage: CodebookUsage, path: Path | str) -> None:
     right.set(xlabel="codes, from the most to the least often chosen", ylabel="share of tokens", yscale="log")
     content = BytesIO()
     figure.savefig(content, format="png", dpi=100)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomic(Path(path), content.getvalue())
 
 

@@ -1,8 +1,10 @@
 """What an evaluation measures, with which networks, and the words and numbers that say so."""
 
+import platform
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from pydantic import Field, model_validator
@@ -10,18 +12,20 @@ from pydantic import Field, model_validator
 from vqhit import __version__, distributed
 from vqhit.comparison import PAIRED, Comparison, Metric
 from vqhit.config import Config, Count, NonNegativeInt, Text
-from vqhit.data import BadShare
-from vqhit.extractors import Extractor, InceptionExtractor, PooledExtractor
+from vqhit.data import BadShare, Share
+from vqhit.extractors import Extractor, InceptionExtractor, PooledExtractor, check_features
 from vqhit.files import sha256
 from vqhit.frechet import FeatureStatistics
 from vqhit.inception_score import GROUPS
-from vqhit.measure import check_features
+from vqhit.measure import ImageSet
 from vqhit.metrics import PSNR_CEILING_DB, SSIM_WINDOW
-from vqhit.perceptual import LPIPS, FeaturesConfig, check_image_size, perceptual_network
+from vqhit.perceptual import LPIPS, VGG16_TORCHVISION, FeaturesConfig, check_image_size, perceptual_network
 
+T = TypeVar("T")
 OF_TOKENIZERS: tuple[Metric, ...] = ("rfid", "is", "psnr", "ssim", "lpips", "codebook")
 OF_GENERATORS: tuple[Metric, ...] = ("fid", "is")
 OF_PICTURES: tuple[Metric, ...] = (*OF_GENERATORS, *PAIRED)
+DECODING = "PIL, turned as EXIF says, transparency over white, 16-bit grey scaled to 8"
 CROP = "ADM center crop: box halving, bicubic resize of the short side"
 _FULL_SET = 50_000
 _NETWORKS = ("tokenizer", "generator", "features", "lpips")
@@ -52,6 +56,9 @@ class EvaluationSettings(Config):
     workers: NonNegativeInt = 0
     max_bad: BadShare = 0.01
     """Images that cannot be read are left out and listed; with more than this share `DataError` is raised."""
+    crop_proportion: Share = 1.0
+    """Of a generator's reference set: below 1, the middle square of that share of the short side (0.875 on ImageNet, in
+    the paper's code) instead of ADM's center crop."""
     inception: Text | None = None
     """File of FID's network; without it torchvision's cache, or a download."""
     lpips: Text | None = None
@@ -99,6 +106,7 @@ class Protocol:
             if metric not in allowed:
                 raise ValueError(f"metric {metric!r}: not of {kind}; allowed: {', '.join(allowed)}")
         self.metrics: set[Metric] = set(settings.metrics or default or allowed)
+        self._check_files()
         self.left_out: dict[str, str] = {}
         self.extractor = self._extractor()
         self.lpips = self._lpips()
@@ -111,6 +119,15 @@ class Protocol:
         if not self.metrics:
             raise ValueError(f"nothing can be measured: {next(iter(self.left_out.values()))}")
         self.statistics = self._statistics()
+
+    def _check_files(self) -> None:
+        """Raise `ValueError` for a network's file that no metric uses."""
+        compares = self.metrics & {"rfid", "fid", "is"}
+        if self.settings.inception is not None and (not compares or self.settings.features is not None):
+            reason = "features stand for it" if compares else "none of the metrics needs it"
+            raise ValueError(f"inception: {reason}; leave it out")
+        if self.settings.lpips is not None and "lpips" not in self.metrics:
+            raise ValueError("lpips: none of the metrics needs its file; leave it out")
 
     def _leave_out(self, metrics: set[Metric], reason: str) -> None:
         if self.settings.metrics is not None:
@@ -132,29 +149,34 @@ class Protocol:
             return PooledExtractor(settings.features, settings.feature_weights, self.size).to(self.device)
         if not wanted:
             return None
+        return self._had(wanted, settings.inception, lambda: InceptionExtractor(settings.inception).to(self.device))
+
+    def _had(self, metrics: set[Metric], path: str | None, build: Callable[[], T]) -> T | None:
+        """What `build` returns; None, and the metrics left out, if it cannot be had in every process."""
+        network, reason = None, None
         try:
             with distributed.first_here():
-                return InceptionExtractor(settings.inception).to(self.device)
+                network = build()
         except ValueError as error:
-            if settings.inception is not None:
+            if path is not None:
                 raise
-            self._leave_out(wanted, str(error))
+            reason = str(error)
+        reasons = [found for found in distributed.gather_objects(reason) if found is not None]
+        if reasons:
+            self._leave_out(metrics, reasons[0])
             return None
+        return network
 
     def _lpips(self) -> LPIPS | None:
         if "lpips" not in self.metrics:
             return None
-        try:
-            with distributed.first_here():
-                network = perceptual_network("lpips", self.settings.lpips, key="--lpips").to(self.device)
-            check_image_size(network, self.size, key="lpips")
-            assert isinstance(network, LPIPS)
-            return network
-        except ValueError as error:
-            if self.settings.lpips is not None:
-                raise
-            self._leave_out({"lpips"}, str(error))
-            return None
+        return self._had({"lpips"}, self.settings.lpips, self._build_lpips)
+
+    def _build_lpips(self) -> LPIPS:
+        network = perceptual_network("lpips", self.settings.lpips, key="--lpips").to(self.device)
+        check_image_size(network, self.size, key="lpips")
+        assert isinstance(network, LPIPS)
+        return network
 
     def _statistics(self) -> FeatureStatistics | None:
         """Those of the file `stats`, once they are found to be of this network and image size, as far as it says."""
@@ -162,7 +184,8 @@ class Protocol:
         if not self.metrics & {"rfid", "fid"}:
             if settings.stats is not None or settings.save_stats is not None:
                 name = "stats" if settings.stats is not None else "save_stats"
-                raise ValueError(f"{name}: no metric that is measured compares features with a reference set")
+                reasons = [f" ({reason})" for metric, reason in self.left_out.items() if metric in ("rfid", "fid")]
+                raise ValueError(f"{name}: no metric that is measured compares features{''.join(reasons)}")
             return None
         if settings.stats is None:
             return None
@@ -172,12 +195,16 @@ class Protocol:
             raise ValueError(
                 f"{settings.stats}: statistics of {found.dim} features; this network has {self.extractor.dim}"
             )
-        origin = found.origin or {}
-        ours = {"network": self.extractor.describe(), "image_size": self.size}
+        theirs, ours = found.origin or {}, self._identity()
         for key, value in ours.items():
-            if key in origin and origin[key] != value:
-                raise ValueError(f"{settings.stats}: made with {key} {origin[key]}; this evaluation has {value}")
+            if key in theirs and theirs[key] != value:
+                raise ValueError(f"{settings.stats}: made with {key} {theirs[key]}; this evaluation has {value}")
         return found
+
+    def _identity(self) -> dict[str, Any]:
+        """What statistics must have in common to be compared."""
+        assert self.extractor is not None
+        return {"sha256": self.extractor.sha256, "preprocessing": self.extractor.preprocessing, "image_size": self.size}
 
     def comparison(self) -> Comparison:
         """What takes in the images, its clock started."""
@@ -190,9 +217,19 @@ class Protocol:
             statistics=self.statistics,
         )
 
-    def describe_images(self, data: Any, split: str | None, images: int, crop: str = CROP) -> dict[str, Any]:
-        """JSON-able: a set of images and how they were cut."""
-        return {"data": str(data), "split": split, "images": images, "image_size": self.size, "crop": crop}
+    def describe_images(self, images: ImageSet, data: Any, split: str | None, count: int) -> dict[str, Any]:
+        """JSON-able: a set of images, which of them could be read, and how they were cut."""
+        chosen, there = len(images.indices), len(images.source)
+        crop = CROP if images.proportion == 1 else f"middle square of {images.proportion} of the short side, bicubic"
+        return {
+            "data": str(data),
+            "split": split,
+            "images": count,
+            "selection": "all" if chosen == there else f"{chosen} of {there}, evenly spaced in the list",
+            "image_size": self.size,
+            "decoding": DECODING,
+            "crop": crop if images.cut else "none: the pictures have this size",
+        }
 
     def describe_statistics(self) -> dict[str, Any]:
         """JSON-able: the file that stood for the reference set."""
@@ -204,49 +241,69 @@ class Protocol:
             "made_by": self.statistics.origin or "unknown: the file does not say",
         }
 
-    def closing(self, comparison: Comparison, reference: dict[str, Any], images: int, **more: Any) -> dict[str, Any]:
-        """JSON-able: what was left out, seconds and their split, the protocol. Saves the statistics if it is to."""
+    def closing(
+        self, comparison: Comparison, reference: dict[str, Any], pictures: int, images: int, **more: Any
+    ) -> dict[str, Any]:
+        """JSON-able: what was left out, seconds and their split, the protocol.
+
+        `pictures` is how many were measured; `images` how many were gone through in all, for the speed.
+        """
         seconds = comparison.watch.seconds
         inside = sum(comparison.watch.parts.get(part, 0.0) for part in _NETWORKS)
         return {
             "left_out": self.left_out,
             "seconds": round(seconds, 2),
             "images_per_s": round(images / seconds, 3),
-            "seconds_of": {part: round(spent, 3) for part, spent in comparison.watch.parts.items() if spent},
+            "seconds_of": {part: round(spent, 3) for part, spent in comparison.watch.parts.items()},
             "share_in_networks": round(inside / seconds, 4),
             "protocol": {
                 "reference": reference,
                 **more,
-                **self._describe_metrics(comparison, images),
+                **self._describe_metrics(comparison, pictures, reference.get("images")),
                 "batch_size": self.settings.batch_size,
                 "processes": distributed.world_size(),
-                "device": self.device.type,
-                "tf32": False,
-                "versions": {
-                    "vqhit": __version__,
-                    "torch": torch.__version__,
-                    **{name: version(name) for name in _PACKAGES},
-                },
+                **self._describe_machine(),
             },
         }
 
-    def _describe_metrics(self, comparison: Comparison, images: int) -> dict[str, Any]:
+    def _describe_metrics(self, comparison: Comparison, pictures: int, reference: int | None) -> dict[str, Any]:
         described: dict[str, Any] = {}
         if self.extractor is not None:
             described["network"] = self.extractor.describe()
         if comparison.distance is not None:
             described[comparison.distance] = "float64 statistics, unbiased covariance, exact root of singular matrices"
-            if images < _FULL_SET:
-                described["remark"] = f"{images} images: not comparable with numbers from {_FULL_SET}, which are lower"
+            if min(pictures, reference or _FULL_SET) < _FULL_SET:
+                described["remark"] = (
+                    f"{pictures} pictures against {reference or 'an unknown number of'} images: the fewer, the higher "
+                    f"the distance; to be compared with numbers from as many only, not with those from {_FULL_SET}"
+                )
         described |= {metric: _DESCRIPTIONS[metric] for metric in sorted(self.metrics & _DESCRIPTIONS.keys())}
+        if self.lpips is not None:
+            described["lpips_weights"] = {"file": VGG16_TORCHVISION.name, "sha256": VGG16_TORCHVISION.sha256}
         return described
+
+    def _describe_machine(self) -> dict[str, Any]:
+        cuda: dict[str, Any] = {}
+        if self.device.type == "cuda":
+            cuda = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        return {
+            "device": torch.cuda.get_device_name(self.device) if cuda else self.device.type,
+            "tf32": False,
+            "versions": {
+                "vqhit": __version__,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                **cuda,
+                **{name: version(name) for name in _PACKAGES},
+            },
+        }
 
     def save_statistics(self, comparison: Comparison, reference: dict[str, Any]) -> None:
         """Write the statistics of the reference set to `save_stats`, if that is asked for."""
         if self.settings.save_stats is None or not distributed.is_first():
             return
         assert self.extractor is not None
-        origin = {"reference": reference, "network": self.extractor.describe(), "image_size": self.size}
+        origin = {**self._identity(), "reference": reference, "network": self.extractor.describe()}
         statistics = comparison.reference_statistics({**origin, "vqhit": __version__})
         assert statistics is not None
         statistics.save(self.settings.save_stats)

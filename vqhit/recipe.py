@@ -10,19 +10,63 @@ from vqhit.convnet import ConvNetGeneratorConfig
 from vqhit.data import DataConfig
 from vqhit.discriminator import STDDEV_GROUP, DiscriminatorConfig
 from vqhit.ema import EMAConfig
+from vqhit.extractors import Extractor, InceptionExtractor, PooledExtractor, check_features
 from vqhit.logs import LogConfig
-from vqhit.measure import EvalConfig
 from vqhit.metrics import SSIM_WINDOW
 from vqhit.models import HiTGeneratorConfig, VQHiTConfig
 from vqhit.objective import GANLossConfig, LossConfig
 from vqhit.optimizer import OptimizerConfig
 from vqhit.perceptual import FeaturesConfig
+from vqhit.sources import SourceConfig
 
 _MODELS: dict[str, type[Config]] = {
     "vqhit": VQHiTConfig,
     "hit_generator": HiTGeneratorConfig,
     "convnet_generator": ConvNetGeneratorConfig,
 }
+
+
+class EvalConfig(SourceConfig):
+    """Images to evaluate on while training, with the model that would be saved.
+
+    Of a tokenizer: PSNR, SSIM and codebook usage. With `fid`, or `features` and a file of that network's weights, also
+    the Fréchet distance between features of the images and of their reconstructions, or of as many samples: a generator
+    needs one of the two. Only with `fid` is it called FID.
+    """
+
+    every: Count = 5000
+    """Steps between evaluations; the last step is one too."""
+    images: Count = 1000
+    """At most so many, evenly spaced: always the same ones."""
+    fid: Flag = False
+    """Also rFID; FID of a generator, of as many samples."""
+    inception: Text | None = None
+    """File of FID's network; without it torchvision's cache, or a download."""
+    features: FeaturesConfig | None = None
+    feature_weights: Text | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_features(self.features, self.feature_weights)
+        if self.compares_features and self.images < 2:
+            raise ValueError(f"images is {self.images}; a Fréchet distance needs at least 2")
+        if self.fid and self.features is not None:
+            raise ValueError("fid and features: FID has its own network; leave one out")
+        if self.inception is not None and not self.fid:
+            raise ValueError("inception: only fid needs it")
+        return self
+
+    @property
+    def compares_features(self) -> bool:
+        """Whether a Fréchet distance is measured."""
+        return self.fid or self.features is not None
+
+    def extractor(self, size: int) -> Extractor | None:
+        """The network whose features of images of `size` px are compared; raises `ValueError` if it cannot be had."""
+        if self.features is not None and self.feature_weights is not None:
+            return PooledExtractor(self.features, self.feature_weights, size)
+        return InceptionExtractor(self.inception, key="eval.inception") if self.fid else None
+
 
 # What may change between the start of a run and its continuation; anything else would make it another run.
 CHANGEABLE = (

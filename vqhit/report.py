@@ -3,7 +3,7 @@
 import math
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from vqhit.generator import Generator
 from vqhit.images import compare_grid, from_uint8, image_grid, rows_of, to_uint8
 from vqhit.layers import in_eval_mode
 from vqhit.logs import LogConfig, Logs
-from vqhit.measure import Taken, center_crops, measure, take_reference, take_samples
+from vqhit.measure import ImageSet, Taken, exact_float32, measure, take_reference, take_samples
 from vqhit.models import VQHiT, VQHiTConfig
 from vqhit.progress import say
 from vqhit.recipe import RunConfig
@@ -119,21 +119,20 @@ class Report:
         config = self.config.eval
         assert config is not None
         assert self.evaluated_on is not None
-        indices = evenly_spaced(len(self.evaluated_on), config.images)
-        with self.evaluating() as model:
+        images = ImageSet(
+            source=self.evaluated_on,
+            indices=evenly_spaced(len(self.evaluated_on), config.images),
+            size=self.config.model.image_size,
+            batch_size=self.micro_batch_size,
+            workers=self.config.data.workers,
+        )
+        with self.evaluating() as model, exact_float32():
             if isinstance(model, VQHiT):
                 metrics: tuple[Metric, ...] = ("psnr", "ssim", "codebook", *(("rfid",) if self.extractor else ()))
-                measured = measure(
-                    model,
-                    self.evaluated_on,
-                    indices,
-                    batch_size=self.micro_batch_size,
-                    workers=self.config.data.workers,
-                    comparison=Comparison(metrics, self.device, extractor=self.extractor),
-                )
+                measured = measure(model, images, Comparison(metrics, self.device, extractor=self.extractor))
                 found, skipped = measured.result(), measured.skipped
             else:
-                statistics, taken = self._reference or self._take_reference(indices)
+                statistics, taken = self._reference or self._take_reference(images)
                 self._reference = statistics, taken
                 comparison = Comparison(("fid",), self.device, extractor=self.extractor, statistics=statistics)
                 take_samples(comparison, model, taken.images, seed=self.config.seed, batch_size=self.micro_batch_size)
@@ -146,19 +145,10 @@ class Report:
                 say(f"skipped in evaluation: {problem}", sys.stderr)
             self._named.add(problem)
 
-    def _take_reference(self, indices: Sequence[int]) -> tuple[FeatureStatistics, Taken]:
+    def _take_reference(self, images: ImageSet) -> tuple[FeatureStatistics, Taken]:
         """Statistics of the features of the images of `eval`; raises `DataError` if fewer than two can be read."""
-        assert self.evaluated_on is not None
         comparison = Comparison(("fid",), self.device, extractor=self.extractor)
-        crops = center_crops(
-            self.evaluated_on,
-            indices,
-            self.config.model.image_size,
-            batch_size=self.micro_batch_size,
-            workers=self.config.data.workers,
-            watch=comparison.watch,
-        )
-        taken = take_reference(comparison, crops)
+        taken = take_reference(comparison, images)
         comparison.gather()
         if taken.images < 2:
             reason = f"; the first problem: {taken.skipped[0]}" if taken.skipped else ""
