@@ -37,6 +37,7 @@ FLOORS = [
     {"models", "plots"},
     {"measure", "convert", "objective", "prepare", "bench"},
     {"protocol"},
+    {"record"},
     {"evaluate"},
     {"recipe"},
     {"feed", "state"},

@@ -115,7 +115,7 @@ class Comparison:
         return self.statistics if self.of_reference is None else self.of_reference.statistics(origin)
 
     def result(self) -> dict[str, float]:
-        """The metrics by their names; raises `ValueError` if there were too few images."""
+        """The metrics by their names; stops the watch. Raises `ValueError` if there were too few images."""
         found: dict[str, float] = {}
         if self.distance is not None and self.of_pictures is not None:
             with self.watch.part("distance"):
@@ -126,4 +126,6 @@ class Comparison:
             found["is"], found["is_std"] = self.score.result()
         if self._sums and not self.pairs:
             raise ValueError(f"{', '.join(self._sums)}: no picture and its original that can be read")
-        return found | {name: float(total) / self.pairs for name, total in self._sums.items()}
+        found |= {name: float(total) / self.pairs for name, total in self._sums.items()}
+        self.watch.stop()
+        return found

@@ -18,6 +18,7 @@ from vqhit.models import VQHiT
 from vqhit.plots import codebook_histogram
 from vqhit.progress import ProgressBar
 from vqhit.protocol import OF_GENERATORS, OF_PICTURES, OF_TOKENIZERS, EvaluationSettings, Protocol
+from vqhit.record import closing, describe_images, describe_statistics, save_statistics
 from vqhit.sources import ImageSource, SourceConfig, evenly_spaced, is_image_folder, open_source
 
 _SPLIT = "validation"
@@ -48,16 +49,17 @@ def evaluate_tokenizer(model: VQHiT, data: Path | str, settings: EvaluationSetti
     found = measured.result()
     if "codebook" in comparison.metrics and settings.codebook_picture is not None and distributed.is_first():
         codebook_histogram(measured.usage, settings.codebook_picture)
-    originals = protocol.describe_images(images, data, _split(data, settings.split), measured.images)
-    protocol.save_statistics(comparison, originals)
+    originals = describe_images(images, data, _split(data, settings.split), measured.images)
+    save_statistics(protocol, comparison, originals)
     return {
         **found,
         "codebook_size": model.codebook_size,
         "tokens_per_image": model.num_tokens,
         "skipped_images": measured.skipped,
-        **protocol.closing(
+        **closing(
+            protocol,
             comparison,
-            protocol.describe_statistics() if protocol.statistics else originals,
+            describe_statistics(protocol) if protocol.statistics else originals,
             pictures=measured.images,
             images=measured.images,
             originals=originals,
@@ -90,7 +92,7 @@ def evaluate_generator(
             )
         comparison.gather()
     found = comparison.result()
-    protocol.save_statistics(comparison, reference)
+    save_statistics(protocol, comparison, reference)
     compared = reference.get("images")
     return {
         "images": compared,
@@ -98,7 +100,8 @@ def evaluate_generator(
         "skipped": len(skipped),
         **found,
         "skipped_images": skipped,
-        **protocol.closing(
+        **closing(
+            protocol,
             comparison,
             reference,
             pictures=samples,
@@ -149,13 +152,11 @@ def evaluate_pictures(
             _check_skipped(originals, pairs.skipped)
             skipped = list(dict.fromkeys([*skipped, *pairs.skipped]))
             of_pairs = {
-                "originals": protocol.describe_images(
-                    originals, reference, _split(reference, settings.split), pairs.images
-                )
+                "originals": describe_images(originals, reference, _split(reference, settings.split), pairs.images)
             }
         comparison.gather()
     found = comparison.result()
-    protocol.save_statistics(comparison, described)
+    save_statistics(protocol, comparison, described)
     compared = described.get("images")
     return {
         "images": taken.images,
@@ -164,12 +165,13 @@ def evaluate_pictures(
         "skipped": len(taken.skipped) + len(skipped),
         **found,
         "skipped_images": taken.skipped + skipped,
-        **protocol.closing(
+        **closing(
+            protocol,
             comparison,
             described,
             pictures=taken.images,
             images=taken.images + (compared or 0),
-            pictures_are=protocol.describe_images(made, pictures, None, taken.images),
+            pictures_are=describe_images(made, pictures, None, taken.images),
             **of_pairs,
         ),
     }
@@ -210,14 +212,14 @@ def _take_reference(
         if data is not None and needed:
             reason = "stats stand for it" if protocol.statistics else "no metric that is measured compares with it"
             raise ValueError(f"{key}: {reason}; leave it out")
-        return (protocol.describe_statistics() if protocol.statistics else {}), []
+        return (describe_statistics(protocol) if protocol.statistics else {}), []
     if data is None:
         raise ValueError(f"{key} is missing: a folder of images or a data set to compare with, or stats of one")
     images = _open(data, settings.split, settings, protocol.size, settings.crop_proportion)
     with _bar("reference", images) as bar:
         taken = take_reference(comparison, images, bar.advance)
     _check_skipped(images, taken.skipped)
-    return protocol.describe_images(images, data, _split(data, settings.split), taken.images), taken.skipped
+    return describe_images(images, data, _split(data, settings.split), taken.images), taken.skipped
 
 
 def _size_of_first(source: ImageSource, indices: Sequence[int]) -> int:

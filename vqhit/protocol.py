@@ -1,43 +1,25 @@
 """What an evaluation measures, with which networks, and the words and numbers that say so."""
 
-import platform
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import torch
 from pydantic import Field, model_validator
 
-from vqhit import __version__, distributed
+from vqhit import distributed
 from vqhit.comparison import PAIRED, Comparison, Metric
 from vqhit.config import Config, Count, NonNegativeInt, Text
 from vqhit.data import BadShare, Share
 from vqhit.extractors import Extractor, InceptionExtractor, PooledExtractor, check_features
-from vqhit.files import sha256
 from vqhit.frechet import FeatureStatistics
 from vqhit.inception_score import GROUPS
-from vqhit.measure import ImageSet
-from vqhit.metrics import PSNR_CEILING_DB, SSIM_WINDOW
-from vqhit.perceptual import LPIPS, VGG16_TORCHVISION, FeaturesConfig, check_image_size, perceptual_network
+from vqhit.metrics import SSIM_WINDOW
+from vqhit.perceptual import LPIPS, FeaturesConfig, check_image_size, perceptual_network
 
 T = TypeVar("T")
 OF_TOKENIZERS: tuple[Metric, ...] = ("rfid", "is", "psnr", "ssim", "lpips", "codebook")
 OF_GENERATORS: tuple[Metric, ...] = ("fid", "is")
 OF_PICTURES: tuple[Metric, ...] = (*OF_GENERATORS, *PAIRED)
-DECODING = "PIL, turned as EXIF says, transparency over white, 16-bit grey scaled to 8"
-CROP = "ADM center crop: box halving, bicubic resize of the short side"
-_FULL_SET = 50_000
-_NETWORKS = ("tokenizer", "generator", "features", "lpips")
-"""Parts of the time that are spent inside networks."""
-_DESCRIPTIONS = {
-    "is": f"mean and standard deviation over {GROUPS} groups of torch-fidelity's permutation (seed 2020)",
-    "psnr": f"dB, data range 1, mean over images, at most {PSNR_CEILING_DB:g} each",
-    "ssim": f"Gaussian {SSIM_WINDOW}x{SSIM_WINDOW}, sigma 1.5, data range 1, mean over channels and images",
-    "lpips": "version 0.1, VGG16 trunk (net='vgg'), mean over images",
-    "codebook": "all images and all processes together",
-}
-_PACKAGES = ("torchvision", "torch-fidelity", "lpips", "numpy", "pillow")
 
 
 class EvaluationSettings(Config):
@@ -195,13 +177,13 @@ class Protocol:
             raise ValueError(
                 f"{settings.stats}: statistics of {found.dim} features; this network has {self.extractor.dim}"
             )
-        theirs, ours = found.origin or {}, self._identity()
+        theirs, ours = found.origin or {}, self.identity()
         for key, value in ours.items():
             if key in theirs and theirs[key] != value:
                 raise ValueError(f"{settings.stats}: made with {key} {theirs[key]}; this evaluation has {value}")
         return found
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """What statistics must have in common to be compared."""
         assert self.extractor is not None
         return {"sha256": self.extractor.sha256, "preprocessing": self.extractor.preprocessing, "image_size": self.size}
@@ -216,94 +198,3 @@ class Protocol:
             pictures=self.pictures,
             statistics=self.statistics,
         )
-
-    def describe_images(self, images: ImageSet, data: Any, split: str | None, count: int) -> dict[str, Any]:
-        """JSON-able: a set of images, which of them could be read, and how they were cut."""
-        chosen, there = len(images.indices), len(images.source)
-        crop = CROP if images.proportion == 1 else f"middle square of {images.proportion} of the short side, bicubic"
-        return {
-            "data": str(data),
-            "split": split,
-            "images": count,
-            "selection": "all" if chosen == there else f"{chosen} of {there}, evenly spaced in the list",
-            "image_size": self.size,
-            "decoding": DECODING,
-            "crop": crop if images.cut else "none: the pictures have this size",
-        }
-
-    def describe_statistics(self) -> dict[str, Any]:
-        """JSON-able: the file that stood for the reference set."""
-        assert self.settings.stats is not None
-        assert self.statistics is not None
-        return {
-            "statistics": self.settings.stats,
-            "sha256": sha256(Path(self.settings.stats)),
-            "made_by": self.statistics.origin or "unknown: the file does not say",
-        }
-
-    def closing(
-        self, comparison: Comparison, reference: dict[str, Any], pictures: int, images: int, **more: Any
-    ) -> dict[str, Any]:
-        """JSON-able: what was left out, seconds and their split, the protocol.
-
-        `pictures` is how many were measured; `images` how many were gone through in all, for the speed.
-        """
-        seconds = comparison.watch.seconds
-        inside = sum(comparison.watch.parts.get(part, 0.0) for part in _NETWORKS)
-        return {
-            "left_out": self.left_out,
-            "seconds": round(seconds, 2),
-            "images_per_s": round(images / seconds, 3),
-            "seconds_of": {part: round(spent, 3) for part, spent in comparison.watch.parts.items()},
-            "share_in_networks": round(inside / seconds, 4),
-            "protocol": {
-                "reference": reference,
-                **more,
-                **self._describe_metrics(comparison, pictures, reference.get("images")),
-                "batch_size": self.settings.batch_size,
-                "processes": distributed.world_size(),
-                **self._describe_machine(),
-            },
-        }
-
-    def _describe_metrics(self, comparison: Comparison, pictures: int, reference: int | None) -> dict[str, Any]:
-        described: dict[str, Any] = {}
-        if self.extractor is not None:
-            described["network"] = self.extractor.describe()
-        if comparison.distance is not None:
-            described[comparison.distance] = "float64 statistics, unbiased covariance, exact root of singular matrices"
-            if min(pictures, reference or _FULL_SET) < _FULL_SET:
-                described["remark"] = (
-                    f"{pictures} pictures against {reference or 'an unknown number of'} images: the fewer, the higher "
-                    f"the distance; to be compared with numbers from as many only, not with those from {_FULL_SET}"
-                )
-        described |= {metric: _DESCRIPTIONS[metric] for metric in sorted(self.metrics & _DESCRIPTIONS.keys())}
-        if self.lpips is not None:
-            described["lpips_weights"] = {"file": VGG16_TORCHVISION.name, "sha256": VGG16_TORCHVISION.sha256}
-        return described
-
-    def _describe_machine(self) -> dict[str, Any]:
-        cuda: dict[str, Any] = {}
-        if self.device.type == "cuda":
-            cuda = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-        return {
-            "device": torch.cuda.get_device_name(self.device) if cuda else self.device.type,
-            "tf32": False,
-            "versions": {
-                "vqhit": __version__,
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                **cuda,
-                **{name: version(name) for name in _PACKAGES},
-            },
-        }
-
-    def save_statistics(self, comparison: Comparison, reference: dict[str, Any]) -> None:
-        """Write the statistics of the reference set to `save_stats`, if that is asked for."""
-        if self.settings.save_stats is None or not distributed.is_first():
-            return
-        assert self.extractor is not None
-        origin = {**self._identity(), "reference": reference, "network": self.extractor.describe()}
-        statistics = comparison.reference_statistics({**origin, "vqhit": __version__})
-        assert statistics is not None
-        statistics.save(self.settings.save_stats)

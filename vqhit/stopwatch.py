@@ -16,6 +16,7 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.started = time.perf_counter()
+        self.stopped: float | None = None
         self.parts: dict[str, float] = {}
 
     @contextmanager
@@ -37,7 +38,11 @@ class Stopwatch:
                 return
             yield found
 
+    def stop(self) -> None:
+        """The loop, and what belongs to it, is over."""
+        self.stopped = time.perf_counter()
+
     @property
     def seconds(self) -> float:
-        """Since it was made."""
-        return time.perf_counter() - self.started
+        """Since it was made, until it was stopped."""
+        return (self.stopped or time.perf_counter()) - self.started
