@@ -377,13 +377,17 @@ def test_memory_does_not_grow_with_the_number_of_images(tiny_model, squeezenet):
     ("settings", "message"),
     [
         ({"metrics": ("fid",)}, "metric 'fid': not of a tokenizer; allowed: rfid, is, psnr, ssim, lpips, codebook"),
+        (
+            {"metrics": ("psnr",), "inception": None, "crop_proportion": 0.875},
+            "crop_proportion 0.875: a tokenizer reconstructs ADM's crops",
+        ),
         ({"metrics": ("rfid",), "limit": 1}, "a Fréchet distance needs at least 2 images; found 1"),
         ({"metrics": ("is",), "limit": 9}, "an inception score needs at least 10 images; found 9"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_it_starts(tiny_model, twelve, inception, settings, message):
     with pytest.raises(ValueError, match=message):
-        evaluate_tokenizer(tiny_model, twelve, EvaluationSettings(**settings, inception=str(inception)))
+        evaluate_tokenizer(tiny_model, twelve, EvaluationSettings(**{"inception": str(inception), **settings}))
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,10 @@ def evaluate_tokenizer(model: VQHiT, data: Path | str, settings: EvaluationSetti
     cannot be had or a metric that a tokenizer has not.
     """
     settings = settings or EvaluationSettings()
+    if settings.crop_proportion != 1:
+        raise ValueError(
+            f"crop_proportion {settings.crop_proportion}: a tokenizer reconstructs ADM's crops; leave it out"
+        )
     weight = model.quant_conv.weight
     images = _open(data, settings.split, settings, model.config.image_size)
     protocol = Protocol(
@@ -243,7 +247,7 @@ def _originals(made: ImageSet, reference: Path | str | None, settings: Evaluatio
     """The originals of some pictures, by their names; raises `DataError` naming a picture that has none."""
     if reference is None:
         raise ValueError(f"reference is missing: {', '.join(PAIRED)} compare each picture with its original")
-    originals = _open(reference, settings.split, settings, made.size)
+    originals = _open(reference, settings.split, settings, made.size, settings.crop_proportion)
     if not isinstance(made.source, FolderSource) or not isinstance(originals.source, FolderSource):
         raise DataError(f"{', '.join(PAIRED)} need two folders of image files, paired by their names")
     for source, indices in ((made.source, made.indices), (originals.source, range(len(originals.source)))):

@@ -39,8 +39,8 @@ class EvaluationSettings(Config):
     max_bad: BadShare = 0.01
     """Images that cannot be read are left out and listed; with more than this share `DataError` is raised."""
     crop_proportion: Share = 1.0
-    """Of a generator's reference set: below 1, the middle square of that share of the short side (0.875 on ImageNet, in
-    the paper's code) instead of ADM's center crop."""
+    """Of the reference set of a generator or of pictures: below 1, the middle square of that share of the short side
+    (0.875 on ImageNet, in the paper's code) instead of ADM's center crop."""
     inception: Text | None = None
     """File of FID's network; without it torchvision's cache, or a download."""
     lpips: Text | None = None
