@@ -168,6 +168,7 @@ def test_user_mistakes_are_one_line_each(inside, model_folder, photo_folder, tmp
         (("--out", "same.json", "--save-stats", "same.json"), "same.json: would be written twice"),
         (("--out", "same.json", "--save-stats", "same_codebook.png"), "same_codebook.png: would be written twice"),
         (("--out", "s.npz", "--stats", "s.npz"), "s.npz: would overwrite a file that is read"),
+        (("--out", model_folder / "config.json"), "config.json: would overwrite a file that is read"),
         (("--out", photo_folder / "more" / "eval.json"), "eval_codebook.png: would become one of the images of"),
         (("--metrics", "fid"), "metric 'fid': not of a tokenizer; allowed: rfid, is, psnr, ssim, lpips, codebook"),
         (("--metrics", "rfid", "--inception", "absent.pth"), "absent.pth: no such file"),
@@ -175,7 +176,7 @@ def test_user_mistakes_are_one_line_each(inside, model_folder, photo_folder, tmp
         (("--images", photo_folder), "both given: one of --model and --images is needed"),
         (("--reference", photo_folder), "--reference goes with --images"),
         (("--save-stats", photo_folder), "a folder; expected the name of a file"),
-        (("--metrics", "psnr", "--stats", "absent.npz"), "stats: no metric that is measured"),
+        (("--metrics", "psnr", "--stats", "absent.npz"), "absent.npz: no such file"),
     ):
         fails(inside(*given, *options, cwd=tmp_path), message)
     fails(inside("eval", cwd=tmp_path), "nothing to measure: one of --model and --images is needed")

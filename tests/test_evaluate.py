@@ -14,15 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torchvision import models
 
+from tests.inception import Colours, Differences
 from vqhit import HiTGenerator
 from vqhit.comparison import Comparison
 from vqhit.config import ConfigError
 from vqhit.evaluate import evaluate_generator, evaluate_pictures, evaluate_tokenizer
 from vqhit.extractors import InceptionExtractor, PooledExtractor
 from vqhit.files import KnownFile, sha256
-from vqhit.folder import DataError, list_images
+from vqhit.folder import DataError, FolderSource, list_images
 from vqhit.images import center_crop, from_uint8, load_image, pil_to_uint8, to_uint8
-from vqhit.measure import Reconstruction, exact_float32
+from vqhit.measure import ImageSet, Reconstruction, exact_float32, take_reference, take_samples
 from vqhit.metrics import psnr, ssim
 from vqhit.perceptual import FeaturesConfig
 from vqhit.protocol import EvaluationSettings
@@ -185,6 +186,7 @@ def test_statistics_of_a_reference_set_are_saved_and_used_again(tiny_model, twel
     reference = again["protocol"]["reference"]
     assert reference["sha256"] == sha256(tmp_path / "s.npz")
     assert reference["made_by"]["reference"] == saved["protocol"]["reference"]
+    assert again["protocol"]["remark"].startswith("12 pictures against 12 images")
     other = {**network, "features": squeezenet[0].model_copy(update={"layers": (4,)})}
     with pytest.raises(ValueError, match=r"s\.npz: statistics of 192 features; this network has 128"):
         measured(tiny_model, twelve, ("rfid",), **other, stats=str(tmp_path / "s.npz"))
@@ -194,6 +196,7 @@ def test_statistics_of_a_reference_set_are_saved_and_used_again(tiny_model, twel
     np.savez(tmp_path / "foreign.npz", mu=np.zeros(192), sigma=np.eye(192))
     foreign = measured(tiny_model, twelve, ("rfid",), **network, stats=str(tmp_path / "foreign.npz"))
     assert foreign["protocol"]["reference"]["made_by"].startswith("unknown")
+    assert foreign["protocol"]["remark"].startswith("12 pictures against an unknown number of images")
     with pytest.raises(ValueError, match=r"stats: no metric that is measured compares features$"):
         measured(tiny_model, twelve, ("psnr",), stats=str(tmp_path / "s.npz"))
 
@@ -350,27 +353,33 @@ def test_samples_are_compared_with_images_or_their_statistics(
         evaluate_generator(generator, None, EvaluationSettings(**given, **network))
 
 
-def test_memory_does_not_grow_with_the_number_of_images(tiny_model, squeezenet):
-    network = PooledExtractor(*squeezenet, 16)
-    comparison = Comparison(("rfid", "psnr", "ssim", "codebook"), "cpu", extractor=network)
+def test_memory_does_not_grow_with_the_number_of_images(tiny_model, tiny_generator_config, twelve):
+    torch.manual_seed(0)
+    generator = HiTGenerator(tiny_generator_config).eval()
+    source = FolderSource.scan(twelve)
+    metrics = ("rfid", "is", "psnr", "ssim", "lpips", "codebook")
+    comparison = Comparison(metrics, "cpu", extractor=Colours(), lpips=Differences(), pictures=10_000)
     measured = Reconstruction(tiny_model, comparison)
-    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
     def held_after(batches):
-        for _ in range(batches):
-            measured.update(images, range(4))
+        images = ImageSet(source=source, indices=[n % 12 for n in range(4 * batches)], size=16, batch_size=4, workers=0)
+        for crops in images.crops(comparison.watch):
+            measured.update(crops.images, crops.numbers)
+        take_reference(comparison, images)
+        take_samples(comparison, generator, 4 * batches, seed=0, batch_size=4)
+        del images, crops
         gc.collect()
         tensors = sum(x.untyped_storage().nbytes() for x in gc.get_objects() if type(x) is torch.Tensor)
         return tensors, tracemalloc.get_traced_memory()[0]
 
     tracemalloc.start()
-    held_after(5)
+    held_after(20)
     tensors, python = held_after(5)
     later_tensors, later_python = held_after(100)
     tracemalloc.stop()
     assert later_tensors == tensors
-    assert later_python - python < 20_000  # less than 200 bytes a batch; a kept batch of features alone has 2,048
-    assert measured.images == 440
+    assert later_python - python < 60_000  # 200 bytes for each of these 300 batches: one of images has 3,072
+    assert measured.images == 500
 
 
 @pytest.mark.parametrize(
@@ -378,16 +387,18 @@ def test_memory_does_not_grow_with_the_number_of_images(tiny_model, squeezenet):
     [
         ({"metrics": ("fid",)}, "metric 'fid': not of a tokenizer; allowed: rfid, is, psnr, ssim, lpips, codebook"),
         (
-            {"metrics": ("psnr",), "inception": None, "crop_proportion": 0.875},
+            {"metrics": ("psnr",), "crop_proportion": 0.875},
             "crop_proportion 0.875: a tokenizer reconstructs ADM's crops",
         ),
         ({"metrics": ("rfid",), "limit": 1}, "a Fréchet distance needs at least 2 images; found 1"),
         ({"metrics": ("is",), "limit": 9}, "an inception score needs at least 10 images; found 9"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_before_it_starts(tiny_model, twelve, inception, settings, message):
+def test_what_cannot_be_measured_is_refused_before_networks_are_looked_for(
+    tiny_model, twelve, no_downloads, settings, message
+):
     with pytest.raises(ValueError, match=message):
-        evaluate_tokenizer(tiny_model, twelve, EvaluationSettings(**{"inception": str(inception), **settings}))
+        evaluate_tokenizer(tiny_model, twelve, EvaluationSettings(**settings))
 
 
 @pytest.mark.parametrize(
@@ -442,8 +453,15 @@ def test_the_frechet_distance_is_that_of_pooled_features(tiny_model, photo_folde
     by_default = evaluate_tokenizer(
         tiny_model, photo_folder, EvaluationSettings(features=features, feature_weights=str(weights))
     )
-    assert "have no classes" in by_default["left_out"]["is"]
+    assert "needs at least 10 images" in by_default["left_out"]["is"]
     assert by_default["frechet_distance"] == pytest.approx(results["frechet_distance"], rel=1e-6)
+
+
+def test_an_inception_score_needs_classes(tiny_model, twelve, squeezenet):
+    network = {"features": squeezenet[0], "feature_weights": str(squeezenet[1])}
+    assert "have no classes" in evaluate_tokenizer(tiny_model, twelve, EvaluationSettings(**network))["left_out"]["is"]
+    with pytest.raises(ValueError, match="features of squeezenet1_1 have no classes"):
+        measured(tiny_model, twelve, ("rfid", "is"), **network)
 
 
 def test_networks_that_images_do_not_pass_through_or_that_cannot_be_pooled_are_named(

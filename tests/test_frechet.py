@@ -109,6 +109,7 @@ class Trap:
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
+        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, r"mu is \(0,\) and sigma \(0, 0\); expected"),
         ({"mu": np.zeros(3)}, "not an .npz file of statistics with mu and sigma"),
         ({"mu": np.zeros(3), "sigma": np.zeros((3, 2))}, r"mu is \(3,\) and sigma \(3, 2\); expected \(D,\) and"),
         ({"mu": np.zeros(2), "sigma": np.array([[1.0, np.nan], [0, 1]])}, "values that are not finite"),

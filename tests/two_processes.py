@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.inception import Colours
+from tests.inception import Colours, Differences
 from vqhit import HiTGenerator, HiTGeneratorConfig, VQHiT, distributed
 from vqhit.comparison import Comparison
 from vqhit.frechet import FeatureSums
@@ -141,11 +141,12 @@ def evaluations():
     tokenizer, generator = VQHiT(config.model).eval(), HiTGenerator(TINY_GENERATOR).eval()
 
     def compare(metrics, count):
-        return Comparison(metrics, "cpu", extractor=Colours(), pictures=count)
+        return Comparison(metrics, "cpu", extractor=Colours(), lpips=Differences(), pictures=count)
 
     def of_tokenizer():
-        metrics = ("rfid", "is", "psnr", "ssim", "codebook")
-        measured = measure(tokenizer, ImageSet(**given), compare(metrics, len(photos)))
+        metrics = ("rfid", "is", "psnr", "ssim", "lpips", "codebook")
+        allowed = ImageSet(**given, max_bad=1 / len(photos))  # of all: one process has a larger share of bad ones
+        measured = measure(tokenizer, allowed, compare(metrics, len(photos)))
         return measured.result(), sorted(measured.skipped)
 
     def of_generator():
@@ -156,7 +157,7 @@ def evaluations():
         return comparison.result(), taken.images, sorted(taken.skipped)
 
     def of_pictures():
-        comparison = compare(("fid", "is", "psnr"), len(photos))
+        comparison = compare(("fid", "is", "psnr", "lpips"), len(photos))
         taken = [
             take_reference(comparison, ImageSet(**given, proportion=0.5)),
             take_pictures(comparison, ImageSet(**given)),

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -17,6 +18,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+_OTHERS_FIRST_S = 3.0
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides: train.steps=1000.")]
 ModelDir = Annotated[str, typer.Option("--model", help="Model folder, or vqhit-tiny-64, which is in the package.")]
@@ -37,9 +40,12 @@ def main() -> None:
         if os.environ.get("VQHIT_TRACEBACK") or (isinstance(error, RuntimeError) and not known):
             raise
         rank = int(os.environ.get("RANK", "0"))
-        if not (type(error).__name__ == "SharedError" and rank):
-            process = f"process {rank}: " if rank else ""
-            sys.stderr.write(f"vqhit: {process}{' '.join(str(error).split())}\n")  # at once: there are other processes
+        if rank and type(error).__name__ == "SharedError":
+            sys.exit(2)
+        if rank:  # what all processes raise, the first tells: torchrun ends this one then
+            time.sleep(_OTHERS_FIRST_S)
+        process = f"process {rank}: " if rank else ""
+        sys.stderr.write(f"vqhit: {process}{' '.join(str(error).split())}\n")
         sys.exit(2)
 
 
@@ -245,7 +251,7 @@ def evaluate(
     from vqhit.hub import WEIGHTS_FILE, find_model, select_device
     from vqhit.models import VQHiT, load_model
     from vqhit.protocol import EvaluationSettings
-    from vqhit.tables import evaluation_row, print_table
+    from vqhit.tables import evaluation_rows, print_table
 
     if (model is None) == (images is None):
         raise ValueError(f"{'both given' if model else 'nothing to measure'}: one of --model and --images is needed")
@@ -259,7 +265,7 @@ def evaluate(
     picture = out.with_name(f"{out.stem}_codebook.png")
     _check_outputs(
         [out, picture, *([] if save_stats is None else [Path(save_stats)])],
-        inputs=[stats, inception, lpips, features],
+        inputs=[stats, inception, lpips, features, features_kind, data, images, reference, *_files_of(model)],
         images=data,
     )
     names = None if metrics is None else [name.strip() for name in metrics.split(",")]
@@ -311,7 +317,7 @@ def evaluate(
     if distributed.is_first():
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(out, (json.dumps(results, indent=2, allow_nan=False) + "\n").encode())
-        print_table(title, [evaluation_row(results)])
+        print_table(title, evaluation_rows(results))
         for metric, reason in results["left_out"].items():
             print(f"left out: {metric} ({reason})")
         if results["skipped"]:
@@ -320,6 +326,13 @@ def evaluate(
             print(f"{picture}: how often each code is chosen")
         print(f"{out}: the same, with the protocol")
     distributed.stop()
+
+
+def _files_of(model: str | None) -> list[str]:
+    """The files of a model's folder, if it is one."""
+    from vqhit.hub import CONFIG_FILE, WEIGHTS_FILE
+
+    return [] if model is None else [str(Path(model) / name) for name in (CONFIG_FILE, WEIGHTS_FILE)]
 
 
 def _check_outputs(outputs: list[Path], inputs: list[str | None], images: str | None) -> None:
@@ -422,6 +435,7 @@ def doctor(
     data: Annotated[
         str | None, typer.Option("--data", help="Also open these images: a folder, a `datasets` folder, or a Hub id.")
     ] = None,
+    split: Annotated[str | None, typer.Option("--split", help="Of a data set; by default validation.")] = None,
 ) -> None:
     """List what this machine has of what vqhit can use, and how to get what is missing. Downloads nothing.
 
@@ -430,7 +444,7 @@ def doctor(
     from vqhit.doctor import examine
 
     found = []
-    for finding in examine(data):
+    for finding in examine(data, split):
         found.append(finding.state)
         print(f"{finding.state:8}{finding.what}: {' '.join(finding.found.split())}", flush=True)
         if finding.fix:

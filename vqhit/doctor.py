@@ -43,7 +43,7 @@ class Finding(NamedTuple):
     fix: str = ""
 
 
-def examine(data: str | None = None) -> Iterator[Finding]:
+def examine(data: str | None = None, split: str | None = None) -> Iterator[Finding]:
     """Look for everything, one thing after the other; for a data set only if it is named. Downloads nothing."""
     yield Finding("ok", "vqhit", f"{__version__}, Python {platform.python_version()}, {platform.system()}")
     for name in _PACKAGES:
@@ -59,7 +59,7 @@ def examine(data: str | None = None) -> Iterator[Finding]:
         yield _weights(file, use, key)
     yield _hub()
     if data is not None:
-        yield _data(data)
+        yield _data(data, split)
 
 
 def _package(name: str) -> Finding:
@@ -71,8 +71,12 @@ def _package(name: str) -> Finding:
 
 def _device() -> Finding:
     if not torch.cuda.is_available():
-        built = f"; this torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else ""
-        return Finding("ok", "device", f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads; no GPU{built}")
+        found = f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads; no GPU"
+        if torch.version.cuda is None and torch.version.hip is None:
+            return Finding("ok", "device", found, "for a GPU: a torch that is built for it (https://pytorch.org)")
+        return Finding(
+            "ok", "device", found, f"for a GPU: its driver (nvidia-smi); torch has CUDA {torch.version.cuda}"
+        )
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return Finding("ok", "device", f"CUDA {torch.version.cuda}: {', '.join(names)}")
 
@@ -82,9 +86,11 @@ def _weights(file: KnownFile, use: str, key: str) -> Finding:
     what = f"weights of {use}"
     try:
         check_hash(path, file.sha256)
-    except ValueError:
+    except (ValueError, OSError):
         if path.exists():
-            return Finding("wrong", what, f"{path}: damaged, or another file", "remove it to download it again")
+            return Finding(
+                "wrong", what, f"{path}: damaged, another file, or not readable", "remove it to download it again"
+            )
         digits = file.sha256 + ("" if len(file.sha256) == 64 else "...")
         fix = f"downloaded from {file.url} when needed; without a network put it there, or name it in {key}"
         return Finding("missing", what, f"{path}: not there (sha256 {digits})", fix)
@@ -109,12 +115,14 @@ def _hub() -> Finding:
     return Finding("ok", "Hugging Face Hub", f"{endpoint} answers for models and data sets; {token}")
 
 
-def _data(data: str) -> Finding:
+def _data(data: str, split: str | None) -> Finding:
     try:
-        source = open_source(SourceConfig(path=data), split="validation")
+        source = open_source(SourceConfig(path=data, split=split), split="validation")
         source.read(0)
     except ImageError as error:
         return Finding("wrong", "data", str(error), "replace or remove that image; vqhit prepare lists all bad ones")
     except ValueError as error:
-        return Finding("wrong", "data", str(error), "name a folder of images, a `datasets` folder, or a Hub id")
+        return Finding(
+            "wrong", "data", str(error), "name a folder of images, a `datasets` folder, or a Hub id, and --split"
+        )
     return Finding("ok", "data", f"{Path(data) if Path(data).exists() else data}: {len(source)} images")

@@ -150,21 +150,22 @@ def evaluate_pictures(
         with _bar("pictures", made) as bar:
             taken = take_pictures(comparison, made, bar.advance)
         _check_skipped(made, taken.skipped)
+        gone_through = taken.images + (described.get("images") or 0)
         if originals is not None:
             with _bar("pairs", made) as bar:
                 pairs = take_pairs(comparison, originals, made, bar.advance)
             _check_skipped(originals, pairs.skipped)
             skipped = list(dict.fromkeys([*skipped, *pairs.skipped]))
-            of_pairs = {
-                "originals": describe_images(originals, reference, _split(reference, settings.split), pairs.images)
-            }
+            gone_through += 2 * pairs.images
+            split = _split(reference, settings.split)
+            of_pairs = {"originals": describe_images(originals, reference, split, pairs.images)}
+            described = described or of_pairs["originals"]
         comparison.gather()
     found = comparison.result()
     save_statistics(protocol, comparison, described)
-    compared = described.get("images")
     return {
         "images": taken.images,
-        "reference_images": compared,
+        "reference_images": described.get("images"),
         **({"pairs": comparison.pairs} if of_pairs else {}),
         "skipped": len(taken.skipped) + len(skipped),
         **found,
@@ -174,7 +175,7 @@ def evaluate_pictures(
             comparison,
             described,
             pictures=taken.images,
-            images=taken.images + (compared or 0),
+            images=gone_through,
             pictures_are=describe_images(made, pictures, None, taken.images),
             **of_pairs,
         ),

@@ -56,7 +56,7 @@ class FeatureStatistics:
             raise ValueError(
                 f"{path}: not an .npz file of statistics with mu and sigma ({' '.join(str(error).split())})"
             ) from None
-        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        if mu.ndim != 1 or not len(mu) or sigma.shape != (len(mu), len(mu)):
             raise ValueError(f"{path}: mu is {mu.shape} and sigma {sigma.shape}; expected (D,) and (D, D)")
         if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
             raise ValueError(f"{path}: mu or sigma holds values that are not finite")

@@ -53,11 +53,12 @@ class ImageSet:
         parts = [mine[start : start + self.batch_size] for start in range(0, len(mine), self.batch_size)]
         dataset = CenterCrops(self.source, self.size, proportion=self.proportion, cut=self.cut)
         batches = load_batches(dataset, ([self.indices[number] for number in part] for part in parts), self.workers)
-        skipped, asked_for = Skipped(self.max_bad, len(mine)), 0
+        total = len(self.indices)
+        skipped, asked_for = Skipped(self.max_bad, total), 0
         for part, batch in zip(parts, watch.waiting(_copied_ahead(batches, watch.device)), strict=True):
-            asked_for += len(part)
+            asked_for = min(asked_for + len(part) * distributed.world_size(), total)
             skipped.add(batch.skipped)
-            skipped.check(asked_for)
+            skipped.check(asked_for)  # as if the other processes had no bad ones
             yield Crops(batch.images, [part[position] for position in batch.kept], batch.skipped)
 
 

@@ -90,17 +90,18 @@ class Protocol:
         self.metrics: set[Metric] = set(settings.metrics or default or allowed)
         self._check_files()
         self.left_out: dict[str, str] = {}
-        self.extractor = self._extractor()
-        self.lpips = self._lpips()
         if "ssim" in self.metrics and size < SSIM_WINDOW:
             self._leave_out({"ssim"}, f"SSIM needs images of at least {SSIM_WINDOW} px; these have {size}")
         if "is" in self.metrics and pictures < GROUPS:
             self._leave_out({"is"}, f"an inception score needs at least {GROUPS} images; found {pictures}")
         if self.metrics & {"rfid", "fid"} and pictures < 2:
             self._leave_out({"rfid", "fid"}, f"a Fréchet distance needs at least 2 images; found {pictures}")
+        given = None if settings.stats is None else FeatureStatistics.load(settings.stats)
+        self.extractor = self._extractor()
+        self.lpips = self._lpips()
         if not self.metrics:
             raise ValueError(f"nothing can be measured: {next(iter(self.left_out.values()))}")
-        self.statistics = self._statistics()
+        self.statistics = self._checked(given)
 
     def _check_files(self) -> None:
         """Raise `ValueError` for a network's file that no metric uses."""
@@ -160,8 +161,8 @@ class Protocol:
         assert isinstance(network, LPIPS)
         return network
 
-    def _statistics(self) -> FeatureStatistics | None:
-        """Those of the file `stats`, once they are found to be of this network and image size, as far as it says."""
+    def _checked(self, found: FeatureStatistics | None) -> FeatureStatistics | None:
+        """Statistics of the file `stats`, if they are of this network and image size, as far as they say."""
         settings = self.settings
         if not self.metrics & {"rfid", "fid"}:
             if settings.stats is not None or settings.save_stats is not None:
@@ -169,10 +170,9 @@ class Protocol:
                 reasons = [f" ({reason})" for metric, reason in self.left_out.items() if metric in ("rfid", "fid")]
                 raise ValueError(f"{name}: no metric that is measured compares features{''.join(reasons)}")
             return None
-        if settings.stats is None:
+        if found is None:
             return None
         assert self.extractor is not None
-        found = FeatureStatistics.load(settings.stats)
         if found.dim != self.extractor.dim:
             raise ValueError(
                 f"{settings.stats}: statistics of {found.dim} features; this network has {self.extractor.dim}"

@@ -50,11 +50,20 @@ def describe_statistics(protocol: Protocol) -> dict[str, Any]:
     """JSON-able: the file that stood for the reference set."""
     assert protocol.settings.stats is not None
     assert protocol.statistics is not None
+    origin = protocol.statistics.origin
     return {
         "statistics": protocol.settings.stats,
         "sha256": sha256(Path(protocol.settings.stats)),
-        "made_by": protocol.statistics.origin or "unknown: the file does not say",
+        "made_by": origin or "unknown: the file does not say",
+        "made_of_images": _images_of(origin),
     }
+
+
+def _images_of(origin: dict[str, Any] | None) -> int | None:
+    """Number of images that statistics were made of, as far as their file says."""
+    reference = (origin or {}).get("reference")
+    count = reference.get("images") if isinstance(reference, dict) else None
+    return count if isinstance(count, int) else None
 
 
 def closing(
@@ -75,7 +84,9 @@ def closing(
         "protocol": {
             "reference": reference,
             **more,
-            **_describe_metrics(protocol, comparison, pictures, reference.get("images")),
+            **_describe_metrics(
+                protocol, comparison, pictures, reference.get("images", reference.get("made_of_images"))
+            ),
             "batch_size": protocol.settings.batch_size,
             "processes": distributed.world_size(),
             **_describe_machine(protocol.device),
@@ -91,7 +102,7 @@ def _describe_metrics(
         described["network"] = protocol.extractor.describe()
     if comparison.distance is not None:
         described[comparison.distance] = "float64 statistics, unbiased covariance, exact root of singular matrices"
-        if min(pictures, reference or _FULL_SET) < _FULL_SET:
+        if min(pictures, reference or 0) < _FULL_SET:
             described["remark"] = (
                 f"{pictures} pictures against {reference or 'an unknown number of'} images: the fewer, the higher "
                 f"the distance; to be compared with numbers from as many only, not with those from {_FULL_SET}"

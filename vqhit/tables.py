@@ -18,26 +18,28 @@ def print_table(title: str, rows: list[dict[str, str]]) -> None:
     Console().print(made)
 
 
-def evaluation_row(results: dict[str, Any]) -> dict[str, str]:
-    """The metrics that an evaluation has found."""
-    row: dict[str, str] = {}
-    for key, heading, digits in (
+def evaluation_rows(results: dict[str, Any]) -> list[dict[str, str]]:
+    """The metrics that an evaluation has found, one to a row: all of them side by side are wider than a terminal."""
+    found: dict[str, str] = {}
+    for key, name, digits in (
         ("rfid", "rFID", ".3f"),
         ("fid", "FID", ".3f"),
-        ("frechet_distance", "Fréchet\ndistance", ".5g"),
+        ("frechet_distance", "Fréchet distance", ".5g"),
         ("is", "IS", ".2f"),
-        ("psnr", "PSNR\n(dB)", ".2f"),
+        ("psnr", "PSNR (dB)", ".2f"),
         ("ssim", "SSIM", ".4f"),
-        ("lpips", "LPIPS\n(VGG)", ".4f"),
+        ("lpips", "LPIPS (VGG)", ".4f"),
     ):
         if key in results:
-            row[heading] = format(results[key], digits)
+            found[name] = format(results[key], digits)
     if "is" in results:
-        row["IS"] += f" ± {results['is_std']:.2f}"
+        found["IS"] += f" ± {results['is_std']:.2f}"
     if "codes_used" in results:
-        row["codes\nused"] = f"{results['codes_used']} of {results['codebook_size']}"
-        row["perplexity"] = f"{results['codebook_perplexity']:.1f}"
-    return {**row, "images\n/s": f"{results['images_per_s']:.3g}", "seconds": f"{results['seconds']:.1f}"}
+        used, dead = results["codes_used"], results["dead_codes"]
+        found["codes used"] = f"{used} of {results['codebook_size']} ({results['codebook_usage']:.1%}), {dead} dead"
+        found["perplexity"] = f"{results['codebook_perplexity']:.1f}"
+    found["seconds"] = f"{results['seconds']:.1f} ({results['images_per_s']:.3g} images/s)"
+    return [{"metric": name, "value": value} for name, value in found.items()]
 
 
 def bench_row(row: dict[str, Any]) -> dict[str, str]:
