@@ -31,5 +31,9 @@ def test_the_other_lines_work():
 
 
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http)([^)]+)\)", README))))
-def test_links_to_files_lead_somewhere(link):
-    assert (ROOT / link).exists()
+def test_links_to_files_and_headings_lead_somewhere(link):
+    file, _, heading = link.partition("#")
+    assert (ROOT / file).exists()
+    if heading:
+        headings = re.findall(r"^#+ (.*)$", README if not file else (ROOT / file).read_text(), flags=re.MULTILINE)
+        assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings}
