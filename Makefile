@@ -1,6 +1,8 @@
 # Two commands, each from a fresh clone: `make demo` and `make test`. Both set up .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
+# Files of tests that run at the same time, one thread each.
+JOBS ?= 2
 
 .PHONY: demo test clean
 .DELETE_ON_ERROR:
@@ -12,7 +14,7 @@ test: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(JOBS) --dist loadfile
 
 # One stamp per set of extras: installed again when pyproject.toml changes.
 .venv/.demo .venv/.test: .venv/.%: pyproject.toml | $(BIN)/python

@@ -86,7 +86,9 @@ def test_a_second_run_in_the_same_folder_says_so_and_leaves_it_alone(folder, uni
     run_dir = folder / "twice"
     first = start(f"run_dir={run_dir}", "data.workers=2", cwd=folder)
     wait_for_step(run_dir, 2, first)
+    os.kill(first.pid, signal.SIGSTOP)  # or it may be done before the other has started
     code, errors, _ = finish(start(f"run_dir={run_dir}", cwd=folder))
+    os.kill(first.pid, signal.SIGCONT)
     assert code == 2
     assert f"run_dir {run_dir} is in use by process {first.pid} on " in errors
     assert len(errors.splitlines()) == 1
