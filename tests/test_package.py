@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "vqhit"
 FLOORS = [
-    {"config", "distributed", "files"},
+    {"config", "distributed", "files", "options"},
     {
         "images",
         "layers",

@@ -10,6 +10,8 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from vqhit.options import Device, GeneratorDir, ModelDir, Overrides
+
 app = typer.Typer(
     name="vqhit",
     help="Image tokenizers and generators on HiT: train, evaluate, use. VQHIT_TRACEBACK=1 shows an error's origin.",
@@ -20,11 +22,6 @@ app = typer.Typer(
 )
 
 _OTHERS_FIRST_S = 3.0
-
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides: train.steps=1000.")]
-ModelDir = Annotated[str, typer.Option("--model", help="Model folder, or vqhit-tiny-64, which is in the package.")]
-GeneratorDir = Annotated[str, typer.Option("--model", help="Model folder, or hit-tiny-64, which is in the package.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
 
 
 def main() -> None:
