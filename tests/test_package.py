@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "vqhit"
 FLOORS = [
-    {"config", "distributed", "files", "options"},
+    {"config", "distributed", "files", "options", "repository", "tables"},
     {
         "images",
         "layers",
@@ -28,7 +28,7 @@ FLOORS = [
         "inception_score",
         "runs",
         "stopwatch",
-        "tables",
+        "card",
     },
     {"vqgan", "quantizer", "hit", "hub", "folder", "discriminator", "extractors"},
     {"sources", "generator", "comparison"},
@@ -41,7 +41,7 @@ FLOORS = [
     {"evaluate"},
     {"recipe"},
     {"feed", "state"},
-    {"report"},
+    {"report", "finetune", "publish"},
     {"train"},
     {"demo"},
     {"cli"},

@@ -245,7 +245,7 @@ def evaluate(
     from vqhit.evaluate import evaluate_generator, evaluate_pictures, evaluate_tokenizer
     from vqhit.extractors import features_kind as network_of
     from vqhit.files import sha256, write_atomic
-    from vqhit.hub import WEIGHTS_FILE, find_model, select_device
+    from vqhit.hub import WEIGHTS_FILE, locate, select_device
     from vqhit.models import VQHiT, load_model
     from vqhit.protocol import EvaluationSettings
     from vqhit.tables import evaluation_rows, print_table
@@ -299,7 +299,9 @@ def evaluate(
         title = f"{results['images']} pictures of {images}"
     else:
         assert model is not None
-        loaded = load_model(model, device=device)
+        with distributed.first_here():
+            located = locate(model)
+        loaded = load_model(located.folder, device=device)
         if isinstance(loaded, VQHiT):
             if samples is not None or seed is not None:
                 raise ValueError(f"{model}: a tokenizer; --samples and --seed are of a generator")
@@ -310,7 +312,12 @@ def evaluate(
         else:
             results = evaluate_generator(loaded, data, settings)
             title = f"{results['samples']} samples of {model}"
-        results = {"model": model, "model_sha256": sha256(find_model(model) / WEIGHTS_FILE), **results}
+        results = {
+            "model": located.name,
+            "commit": located.commit,
+            "model_sha256": sha256(located.folder / WEIGHTS_FILE),
+            **results,
+        }
     if distributed.is_first():
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(out, (json.dumps(results, indent=2, allow_nan=False) + "\n").encode())
@@ -449,6 +456,54 @@ def doctor(
     print(f"{found.count('ok')} found, {found.count('missing')} missing, {found.count('wrong')} wrong")
     if "wrong" in found:
         raise typer.Exit(1)
+
+
+@app.command()
+def push(
+    source: Annotated[Path, typer.Argument(metavar="RUN_OR_DIR", help="Folder of a run, a checkpoint or a model.")],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="On the Hugging Face Hub; made if new.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make it private; refused if it is there and public.")
+    ] = False,
+    branch: Annotated[str | None, typer.Option("--branch", help="Made if new; main if not set.")] = None,
+    with_training_state: Annotated[
+        bool, typer.Option("--with-training-state", help="Also discriminator and optimizers, for init_from=OWNER/NAME.")
+    ] = False,
+    evaluations: Annotated[
+        list[Path] | None,
+        typer.Option("--eval", help="JSON of `vqhit eval`; eval.json in the folder if not set. May be repeated."),
+    ] = None,
+    no_grid: Annotated[bool, typer.Option("--no-grid", help="Leave out the run's last grid of pictures.")] = False,
+    license: Annotated[str | None, typer.Option("--license", help="The Hub's identifier: apache-2.0, mit, ...")] = None,
+    message: Annotated[str, typer.Option("--message", help="Of the commit.")] = "Upload a model of vqhit",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show files and card; ask nothing of the Hub.")] = False,
+) -> None:
+    """Publish a model on the Hugging Face Hub, in one commit: configuration, weights, and a card made from its run.
+
+    The token is that of `hf auth login`, or HF_TOKEN. An older push's files that this one has not are removed.
+
+    Example: vqhit push runs/vqhit_imagenet256 user/vqhit-b-256 --license cc-by-nc-4.0
+    """
+    from vqhit.publish import package
+
+    found = package(
+        source,
+        repository,
+        branch=branch,
+        license=license,
+        evaluations=evaluations or (),
+        grid=not no_grid,
+        with_training_state=with_training_state,
+    )
+    for name, content in found.files.items():
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
+        print(f"{name}: {size:,} bytes")
+    for remark in found.remarks:
+        print(f"note: {remark}")
+    if dry_run:
+        print(f"\n{found.card}")
+        return
+    print(found.push(repository, branch=branch, private=private, message=message))
 
 
 @app.command()

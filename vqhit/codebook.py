@@ -130,6 +130,19 @@ class CodebookTraining:
             self.average.move(moved, self.codebook[moved])
         return moved
 
+    def begin_trained(self) -> None:
+        """The codebook is a trained one: no code counts as dead, and its running means begin at the codes."""
+        self.dead_codes.unused_steps.zero_()
+        if self.average is not None:
+            self.average = CodebookAverage(self.codebook, self.average.decay)
+
+    def load_means(self, state: dict[str, Tensor]) -> None:
+        """Take the running means of another run's `state_dict`, if there are any and they fit."""
+        counts, sums = state.get("code_counts"), state.get("code_sums")
+        if self.average is None or counts is None or sums is None or sums.shape != self.average.sums.shape:
+            return
+        self.average.counts, self.average.sums = counts.to(self.codebook.device), sums.to(self.codebook.device)
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a continued run needs, by name."""
         state = {"unused_steps": self.dead_codes.unused_steps}

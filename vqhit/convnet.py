@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vqhit.config import Config, Count
 from vqhit.discriminator import Conv, Dense
-from vqhit.generator import Generator
+from vqhit.generator import Generator, generator_kind
 from vqhit.layers import BatchNorm
 
 _FIRST_SIZE = 4
@@ -108,6 +108,11 @@ class ConvNetGenerator(Generator):
 
     config_class = ConvNetGeneratorConfig
     config: ConvNetGeneratorConfig
+    model_kind = generator_kind(
+        "ConvNetGenerator",
+        "vqhit.convnet",
+        "An unconditional image generator: SAGAN's residual convolutions, the baseline ConvNet-R1 of the HiT paper.",
+    )
 
     def __init__(self, config: ConvNetGeneratorConfig) -> None:
         super().__init__()

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vqhit.card import ModelKind
 from vqhit.hub import Pretrained
 from vqhit.layers import in_eval_mode
 
@@ -32,6 +33,19 @@ def draw_noise(seed: int, purpose: Purpose, number: int, count: int, dim: int) -
     return torch.randn(count, dim, generator=torch.Generator().manual_seed(int(word)))
 
 
+def generator_kind(name: str, module: str, what: str) -> ModelKind:
+    """What the cards of a class of generators say."""
+    usage = f"""\
+from {module} import {name}
+from vqhit.images import to_uint8, uint8_to_pil
+
+generator = {name}.from_pretrained(SOURCE)
+images = generator.sample(4, seed=0)  # (4, 3, H, W) in [-1, 1]
+for number, image in enumerate(to_uint8(images)):
+    uint8_to_pil(image).save(f"sample_{{number}}.png")"""
+    return ModelKind("unconditional-image-generation", ("gan", "image-generation"), what, usage)
+
+
 class Generator(Pretrained):
     """A GAN generator: noise (B, D) -> images (B, 3, H, W), unclamped."""
 
@@ -44,6 +58,14 @@ class Generator(Pretrained):
     def image_size(self) -> int:
         """Height and width of the images in pixels."""
         return self.config.image_size
+
+    def summary(self) -> dict[str, str]:
+        """What the model is, for its card."""
+        return {
+            "Input": f"noise of {self.latent_dim} numbers, standard normal",
+            "Output": f"images of {self.image_size}x{self.image_size} px, in [-1, 1]",
+            **super().summary(),
+        }
 
     @property
     def compiled_parts(self) -> list[nn.Module]:

@@ -1,13 +1,17 @@
 """Strict saving and loading of models as a folder: config.json and model.safetensors, nothing that executes.
 
-Some small trained models come with the package, in its folder `pretrained`, and are found by name. Loading refuses what
-does not fit exactly: a missing, extra or misshapen tensor, an unknown or ill-typed configuration key, another class's
-folder, a newer format.
+Some small trained models come with the package, in its folder `pretrained`, and are found by name; `owner/name` is one
+on the Hugging Face Hub. Loading refuses what does not fit exactly: a missing, extra or misshapen tensor, an unknown or
+ill-typed configuration key, another class's folder, a newer format.
+
+The methods are called as those of huggingface_hub's ModelHubMixin, which is not their base: its loading lets missing
+tensors and misspelt keys pass, and its import alone costs a third of a second.
 """
 
 import json
+import tempfile
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError
@@ -15,8 +19,10 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from vqhit import __version__
+from vqhit.card import CARD_FILE, ModelKind, model_card
 from vqhit.config import Config, ConfigError
 from vqhit.files import write_atomic
+from vqhit.repository import HubError, download, split_id, upload
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
@@ -25,10 +31,22 @@ PACKAGED = Path(__file__).parent / "pretrained"
 """The models that come with the package, a folder each."""
 
 
+class Located(NamedTuple):
+    """Where a model is."""
+
+    folder: Path
+    name: str
+    """The folder, the packaged model's name, or the id on the Hub."""
+    commit: str | None
+    """Of a repository on the Hub."""
+
+
 class Pretrained(nn.Module):
-    """A module built from one `Config`, with `save_pretrained` and `from_pretrained`."""
+    """A module built from one `Config`, with `save_pretrained`, `from_pretrained` and `push_to_hub`."""
 
     config_class: ClassVar[type[Config]]
+    model_kind: ClassVar[ModelKind]
+    """What its model card says of it."""
     config: Any
 
     def save_pretrained(self, directory: Path | str) -> None:
@@ -43,25 +61,63 @@ class Pretrained(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+        cls,
+        path: Path | str,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: Path | str | None = None,
+        local_files_only: bool = False,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
     ) -> Self:
-        """Load a folder written by `save_pretrained`, or a model that comes with the package by its name, in eval mode.
+        """Load a model in eval mode: a folder, a packaged model by its name, or `owner/name` of the Hugging Face Hub.
 
-        A folder with a config.json goes before a name. `device` may also be `auto`: CUDA where there is one. `dtype`
-        converts the floating-point tensors; without it they become float32, unless all are float64 on disk. Raises
-        `ValueError` (or `ConfigError`) naming the key, tensor or file that does not fit.
+        A folder that is there goes first. Of the Hub, configuration and weights are of one commit, that of `revision`
+        (a branch, tag or commit; also as `owner/name@revision`); what was fetched before is found without a network.
+        `device` may also be `auto`: CUDA where there is one. `dtype` converts the floating-point tensors; without it
+        they become float32, unless all are float64 on disk. Raises `ValueError` (`ConfigError`, `HubError`) naming the
+        key, tensor or file that does not fit, or what the Hub does not give.
         """
-        directory = find_model(path)
+        where = locate(path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        directory = where.folder
         config = cls._read_config(directory / CONFIG_FILE)
         with torch.device("meta"):
             model = cls(config)
-        weights = _read_weights(directory / WEIGHTS_FILE, select_device(device))
-        _check_tensors(model.state_dict(), weights, directory / WEIGHTS_FILE)
+        weights = read_tensors(directory / WEIGHTS_FILE, select_device(device))
+        check_tensors(model.state_dict(), weights, directory / WEIGHTS_FILE)
         if dtype is None:
             found = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
             dtype = torch.float64 if found == {torch.float64} else torch.float32
         model.load_state_dict(weights, strict=True, assign=True)
         return model.to(select_device(device), dtype).eval()
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        branch: str | None = None,
+        private: bool = False,
+        token: str | bool | None = None,
+        commit_message: str = "Upload a model of vqhit",
+        license: str | None = None,
+    ) -> str:
+        """Put the model and a short card into a repository of the Hub, in one commit; returns the commit's address.
+
+        The repository, and `branch`, are made if they are not there. The card says what the model is; `vqhit push` of
+        a run also says how it was trained and what was measured. Raises `HubError` for what the Hub does not take.
+        """
+        name = repository_id(repo_id)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            files: dict[str, Path | bytes] = {file: Path(folder) / file for file in (CONFIG_FILE, WEIGHTS_FILE)}
+            card = model_card(self.model_kind, name, self.summary(), branch=branch, license=license)
+            files[CARD_FILE] = card.encode()
+            return upload(name, files, branch=branch, private=private, token=token, message=commit_message)
+
+    def summary(self) -> dict[str, str]:
+        """What the model is, for its card: a name and a value each."""
+        return {"Parameters": f"{sum(parameter.numel() for parameter in self.parameters()) / 1e6:.2f} million"}
 
     @classmethod
     def _read_config(cls, path: Path) -> Any:
@@ -95,26 +151,63 @@ def select_device(name: torch.device | str) -> torch.device:
         raise ConfigError(f"device {str(name)!r} cannot be used here ({str(error).splitlines()[0]})") from None
 
 
-def find_model(path: Path | str) -> Path:
-    """Return a model's folder: the one given, or that of a packaged model, of which only a `str` is the name.
+def locate(
+    path: Path | str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: Path | str | None = None,
+    local_files_only: bool = False,
+) -> Located:
+    """Find a model's folder, fetched from the Hub if need be; the arguments are those of `from_pretrained`.
 
-    A folder of that name that holds a config.json goes first. Raises `ValueError` if there is neither.
+    A folder goes first, except that one without a config.json does not hide a packaged model; a `Path` is never a name.
+    Raises `ValueError` if there is no such model, `HubError` for what the Hub does not give.
     """
     directory = Path(path)
     packaged = {folder.name: folder for folder in sorted(PACKAGED.glob("*/"))}
+    on_hub = split_id(path) if isinstance(path, str) and not directory.exists() else None
+    if on_hub is not None:
+        name, named = on_hub
+        if revision is not None and named is not None:
+            raise ValueError(f"{path}: names a revision, and revision {revision!r} is given; leave one out")
+        try:
+            folder, commit = download(
+                name,
+                (CONFIG_FILE, WEIGHTS_FILE),
+                revision=revision or named,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+            )
+        except HubError as error:
+            raise HubError(f"{error}; and there is no folder {path}") from error.__cause__
+        return Located(folder, name, commit)
     if isinstance(path, str) and path in packaged and not (directory / CONFIG_FILE).exists():
-        return packaged[path]
-    if directory.is_dir():
-        return directory
-    raise ValueError(
-        f"{directory}: no such folder; a model folder holds {CONFIG_FILE} and {WEIGHTS_FILE} (with the package comes "
-        f"{', '.join(packaged)}; this version does not yet load from the Hugging Face Hub)"
-    )
+        directory = packaged[path]
+    elif not directory.is_dir():
+        raise ValueError(
+            f"{directory}: no such folder, and no id on the Hugging Face Hub (owner/name[@revision]); a model "
+            f"folder holds {CONFIG_FILE} and {WEIGHTS_FILE}; with the package comes {', '.join(packaged)}"
+        )
+    if revision is not None:
+        raise ValueError(f"revision {revision!r}: {path} is a folder, not a repository of the Hub; leave it out")
+    return Located(directory, str(path), None)
 
 
-def saved_class(path: Path | str) -> str | None:
+def repository_id(text: str) -> str:
+    """An id to publish under, `owner/name`; raises `HubError` for anything else."""
+    found = split_id(text)
+    if found is None or found[1] is not None:
+        raise HubError(
+            f"{text!r}: no id of a repository on the Hub; allowed: owner/name, of letters, digits, - _ and ."
+        )
+    return found[0]
+
+
+def saved_class(folder: Path) -> str | None:
     """Name of the class of the model in a folder, if its config.json says one; raises as `from_pretrained`."""
-    name = _read_head(find_model(path) / CONFIG_FILE).get("model")
+    name = _read_head(folder / CONFIG_FILE).get("model")
     return name if isinstance(name, str) else None
 
 
@@ -123,7 +216,8 @@ def _read_head(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError("no such file", str(path)) from None
+        there = path.parent / "model" / path.name
+        raise ConfigError(f"no such file{f'; there is {there}' if there.exists() else ''}", str(path)) from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"not a readable JSON file: {error}", str(path)) from None
     if not isinstance(values, dict) or not isinstance(values.get("config"), dict):
@@ -131,7 +225,8 @@ def _read_head(path: Path) -> dict[str, Any]:
     return values
 
 
-def _read_weights(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
+def read_tensors(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
+    """Read a safetensors file; raises `ValueError` if it is missing or damaged."""
     try:
         weights: dict[str, torch.Tensor] = load_file(path, device=str(device))
     except FileNotFoundError:
@@ -141,7 +236,8 @@ def _read_weights(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _check_tensors(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], path: Path) -> None:
+def check_tensors(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], path: Path) -> None:
+    """Raise `ValueError` naming the first tensor of a file that is missing, extra, misshapen or not finite."""
     if missing := sorted(expected.keys() - found.keys()):
         raise ValueError(f"{path}: missing tensor {_some(missing)}")
     if extra := sorted(found.keys() - expected.keys()):

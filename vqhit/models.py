@@ -13,11 +13,12 @@ from pydantic import field_validator, model_validator
 from torch import Tensor, nn
 
 from vqhit import images as image_files
+from vqhit.card import ModelKind
 from vqhit.config import Config, ConfigError, Count, of_kind
 from vqhit.convnet import ConvNetGenerator, ConvNetGeneratorConfig
-from vqhit.generator import Generator
+from vqhit.generator import Generator, generator_kind
 from vqhit.hit import FIRST_SIZE, CodeStem, HiTBackbone, HiTConfig, NoiseStem, StemConfig
-from vqhit.hub import Pretrained, saved_class
+from vqhit.hub import Pretrained, locate, saved_class
 from vqhit.quantizer import Quantized, QuantizerConfig
 from vqhit.vector_quantize import build_quantizer
 from vqhit.vqgan import ConvDecoder, ConvDecoderConfig, Encoder, EncoderConfig
@@ -136,6 +137,19 @@ class VQHiT(Pretrained):
 
     config_class = VQHiTConfig
     config: VQHiTConfig
+    model_kind = ModelKind(
+        "image-to-image",
+        ("image-tokenizer", "vq-vae", "vqgan", "arxiv:2012.09841"),
+        "An image tokenizer: it turns an image into a small grid of integers, and the grid back into the image.",
+        """\
+from vqhit import VQHiT
+
+model = VQHiT.from_pretrained(SOURCE)
+images = model.preprocess("photo.jpg")  # any size: the middle square, (1, 3, H, W) in [-1, 1]
+tokens = model.encode(images)  # (1, h, w) int64
+pictures = model.postprocess(model.decode(tokens))
+pictures[0].save("reconstruction.png")""",
+    )
 
     def __init__(self, config: VQHiTConfig) -> None:
         super().__init__()
@@ -152,6 +166,22 @@ class VQHiT(Pretrained):
             code_std = config.quantizer.code_std
             self.stem = CodeStem(config.stem, config.decoder, config.token_grid[0], dim, code_std)
             self.backbone = HiTBackbone(config.decoder)
+
+    def summary(self) -> dict[str, str]:
+        """What the model is, for its card."""
+        side, (height, width) = self.config.image_size, self.token_grid
+        millions = {
+            name: sum(parameter.numel() for part in parts for parameter in part.parameters()) / 1e6
+            for name, parts in (("encoder", (self.encoder, self.quant_conv)), ("decoder", self.decoder_parts))
+        }
+        decoder = "HiT" if self.config.stem else "VQGAN's convolutions"
+        return {
+            "Images": f"{side}x{side} px, in [-1, 1]",
+            "Tokens": f"{height}x{width}, of {self.codebook_size:,} codes ({self.num_tokens} per image)",
+            "Encoder": f"VQGAN's, {millions['encoder']:.2f} million parameters",
+            "Codebook": f"{self.config.quantizer.kind}, {self.config.quantizer.dim} dimensions",
+            "Decoder": f"{decoder}, {millions['decoder']:.2f} million parameters",
+        }
 
     @property
     def codebook_size(self) -> int:
@@ -324,6 +354,11 @@ class HiTGenerator(Generator):
 
     config_class = HiTGeneratorConfig
     config: HiTGeneratorConfig
+    model_kind = generator_kind(
+        "HiTGenerator",
+        "vqhit",
+        "An unconditional image generator: HiT, a GAN whose generator is a transformer up to its last pixel.",
+    )
 
     def __init__(self, config: HiTGeneratorConfig) -> None:
         super().__init__()
@@ -345,9 +380,10 @@ def build_model(config: VQHiTConfig | HiTGeneratorConfig | ConvNetGeneratorConfi
 def load_model(
     path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> VQHiT | Generator:
-    """Load a model of whatever class is in a folder; otherwise as `from_pretrained`."""
-    name = saved_class(path)
+    """Load a model of whatever class is there; otherwise as `from_pretrained`."""
+    folder = locate(path).folder
+    name = saved_class(folder)
     for model_class in (HiTGenerator, ConvNetGenerator):
         if name == model_class.__name__:
-            return model_class.from_pretrained(path, device=device, dtype=dtype)
-    return VQHiT.from_pretrained(path, device=device, dtype=dtype)  # which refuses any other
+            return model_class.from_pretrained(folder, device=device, dtype=dtype)
+    return VQHiT.from_pretrained(folder, device=device, dtype=dtype)  # which refuses any other

@@ -90,6 +90,16 @@ class Optimizer:
             for key, value in self.adam.state.get(parameter, {}).items()
         }
 
+    def load_fitting(self, tensors: dict[str, Tensor], source: str) -> None:
+        """Take over the state of another run's optimizer; raises `ValueError` if it is not of these parameters."""
+        expected = {f"{name}/{key}" for name in self.parameters for key in ("step", "exp_avg", "exp_avg_sq")}
+        if tensors and (different := sorted(expected.symmetric_difference(tensors))):
+            raise ValueError(f"{source}: not the state of these parameters ({different[0]} is in one only)")
+        for name, parameter in self.parameters.items():
+            if tensors and (shape := tensors[f"{name}/exp_avg"].shape) != parameter.shape:
+                raise ValueError(f"{source}: {name} is {tuple(shape)}; here it is {tuple(parameter.shape)}")
+        self.load_state_dict(tensors)
+
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Take back what `state_dict` returned."""
         state = self.adam.state_dict()

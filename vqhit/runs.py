@@ -67,7 +67,7 @@ class RunFolder:
                 there = type(config).from_yaml(path)
             except ConfigError as error:
                 raise ConfigError(f"{error}: damaged, or of another version; put the run's own back") from None
-            before, now = _flat(there.to_dict()), _flat(config.to_dict())
+            before, now = flat(there.to_dict()), flat(config.to_dict())
             changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
             changed.sort(key=lambda key: key != "model.kind")  # which explains all others
             if changed := [key for key in changed if key not in changeable]:
@@ -111,8 +111,9 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings -> one value per dotted key."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

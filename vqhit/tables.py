@@ -2,13 +2,24 @@
 
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
+METRICS = {
+    "rfid": ("rFID", ".3f"),
+    "fid": ("FID", ".3f"),
+    "frechet_distance": ("Fréchet distance", ".5g"),
+    "is": ("IS", ".2f"),
+    "psnr": ("PSNR (dB)", ".2f"),
+    "ssim": ("SSIM", ".4f"),
+    "lpips": ("LPIPS (VGG)", ".4f"),
+}
+"""What each number of an evaluation is called, and its digits."""
 
 
 def print_table(title: str, rows: list[dict[str, str]]) -> None:
     """Print a line and a table of rows with the same columns."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
     made = Table(box=box.SIMPLE, padding=(0, 1), collapse_padding=True, pad_edge=False)
     for column in rows[0]:
         made.add_column(column, justify="right", no_wrap=True)
@@ -21,15 +32,7 @@ def print_table(title: str, rows: list[dict[str, str]]) -> None:
 def evaluation_rows(results: dict[str, Any]) -> list[dict[str, str]]:
     """The metrics that an evaluation has found, one to a row: all of them side by side are wider than a terminal."""
     found: dict[str, str] = {}
-    for key, name, digits in (
-        ("rfid", "rFID", ".3f"),
-        ("fid", "FID", ".3f"),
-        ("frechet_distance", "Fréchet distance", ".5g"),
-        ("is", "IS", ".2f"),
-        ("psnr", "PSNR (dB)", ".2f"),
-        ("ssim", "SSIM", ".4f"),
-        ("lpips", "LPIPS (VGG)", ".4f"),
-    ):
+    for key, (name, digits) in METRICS.items():
         if key in results:
             found[name] = format(results[key], digits)
     if "is" in results:

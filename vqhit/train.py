@@ -22,6 +22,7 @@ from vqhit.augment import Draws, draw
 from vqhit.config import ConfigError
 from vqhit.distributed import SharedError, StopSignal
 from vqhit.feed import Feed
+from vqhit.finetune import begin_with
 from vqhit.folder import DataError
 from vqhit.generator import Generator, Purpose, draw_noise
 from vqhit.hub import select_device
@@ -56,6 +57,10 @@ class Trainer:
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.train.allow_tf32
         perceptual = self._perceptual()
         self.state = TrainingState(config, self.device)
+        if config.init_from is not None and not distributed.on_first(self.folder.exists):
+            taken = begin_with(self.state, config)
+            if distributed.is_first():
+                say(f"begun with {config.init_from}: {', '.join(taken)}")
         self.objective = self._objective(perceptual)
         self.stopped_by: Signals | None = None
         """The signal that ended `run`, if one did."""
