@@ -56,7 +56,9 @@ def fails(result, *parts):
         assert part in line
 
 
-@pytest.mark.parametrize("command", ["demo", "prepare", "train", "eval", "sample", "bench", "doctor", "reconstruct"])
+@pytest.mark.parametrize(
+    "command", ["demo", "prepare", "train", "eval", "sample", "bench", "doctor", "reconstruct", "push"]
+)
 def test_every_command_has_help_with_an_example(command):
     result = vqhit(command, "--help")
     assert result.returncode == 0

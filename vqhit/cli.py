@@ -176,7 +176,7 @@ def train(config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
 @app.command("eval")
 def evaluate(
     model: Annotated[
-        str | None, typer.Option("--model", help="Model folder, or vqhit-tiny-64 or hit-tiny-64 of the package.")
+        str | None, typer.Option("--model", help="Folder, OWNER/NAME[@REVISION] on the Hub, or a packaged model.")
     ] = None,
     data: Annotated[
         str | None, typer.Option("--data", help="Images: a folder, a `datasets` folder, or a Hub id.")
