@@ -121,7 +121,7 @@ def test_a_run_that_is_continued_does_not_begin_again(values, run, tmp_path):
 def test_what_does_not_fit_is_named(values, run, tmp_path, tiny_generator_config):
     tuned = {"run_dir": str(tmp_path / "tuned")}
     model = {**values["model"], "quantizer": {**values["model"]["quantizer"], "codebook_size": 64}}
-    with pytest.raises(ConfigError, match=r"another one \(quantizer\.codebook_size: 32 there, 64 here\)"):
+    with pytest.raises(ConfigError, match=r"another one \(quantizer\.codebook_size: 32 there, 64 now\)"):
         trainer(values, model=model, init_from=str(run), **tuned)
     discriminator = {**values["discriminator"], "max_channels": 16}
     with pytest.raises(

@@ -1,5 +1,6 @@
 """The Hub's own client against a server that answers as the Hub does: publishing, fetching, and what can go wrong."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -277,6 +278,25 @@ def test_another_class_is_named(published, tmp_path):
     command = [sys.executable, "-c", LOAD, json.dumps([("HiTGenerator", "someone/tiny", {})])]
     result = subprocess.run(command, env=environment(address, tmp_path), capture_output=True, text=True, check=True)
     assert "config.json: holds a VQHiT, not a HiTGenerator" in result.stdout
+
+
+def test_tokens_name_the_commit_of_their_tokenizer_and_are_decoded_by_it(published, tmp_path, photo_folder):
+    """Also after somebody has pushed another model to the branch."""
+    hub, address, _ = published
+    env = environment(address, tmp_path / "home")
+    options = {"env": env, "cwd": tmp_path, "capture_output": True, "text": True, "check": False, "timeout": 120}
+    command = [sys.executable, "-m", "vqhit"]
+    tokenize = [*command, "tokenize", "--model", "someone/tiny", "--data", "photos", "--out", "tokens"]
+    result = subprocess.run(tokenize, **options)
+    assert result.returncode == 0, result.stderr
+    made_by = json.loads((tmp_path / "tokens" / "manifest.json").read_text())["model"]
+    weights = hub.files("someone/tiny")["model.safetensors"]
+    assert (made_by["id"], made_by["revision"]) == ("someone/tiny", sha(hub, "someone/tiny"))
+    assert made_by["weights_sha256"] == hashlib.sha256(weights).hexdigest()
+    hub.commit("someone/tiny", "main", {"config.json": b"{}"})
+    result = subprocess.run([*command, "detokenize", "tokens", "--out", "pictures"], **options)
+    assert result.returncode == 0, result.stderr
+    assert len(list((tmp_path / "pictures").iterdir())) == 6
 
 
 def test_the_server_of_these_tests_names_files_as_git_does():

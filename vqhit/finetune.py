@@ -7,12 +7,11 @@ import torch
 from torch import nn
 
 from vqhit import checkpoint, distributed
-from vqhit.config import ConfigError
+from vqhit.config import ConfigError, differences
 from vqhit.files import sha256
 from vqhit.hub import CONFIG_FILE, Located, check_tensors, locate, read_tensors
 from vqhit.recipe import RunConfig
 from vqhit.repository import download, has_file
-from vqhit.runs import flat
 from vqhit.state import STATE_FILE, STATE_FILES, TrainingState
 
 _CPU = torch.device("cpu")
@@ -27,10 +26,9 @@ def begin_with(state: TrainingState, config: RunConfig) -> list[str]:
     with distributed.first_here():
         folder = _found(config.init_from)
     saved = type(state.model).from_pretrained(folder)
-    there, here = flat(saved.config.to_dict()), flat(config.model.to_dict())
-    if changed := [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]:
-        differences = ", ".join(f"{key}: {there.get(key)} there, {here.get(key)} here" for key in changed[:3])
-        raise ConfigError(f"model: init_from {config.init_from} is another one ({differences})")
+    if changed := differences(saved.config.to_dict(), config.model.to_dict()):
+        some = ", ".join(list(changed.values())[:3])
+        raise ConfigError(f"model: init_from {config.init_from} is another one ({some})")
     weights, taken = saved.state_dict(), ["the model"]
     if state.ema is not None:
         state.ema.model.load_state_dict(weights)
