@@ -1,6 +1,9 @@
 """Small models and small pictures."""
 
 import os
+import subprocess
+import sys
+import warnings
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several at a time: one thread each, in the processes that they start too
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,6 +15,7 @@ from PIL import Image
 
 from tests.inception import known_as_published, write_random_inception
 from vqhit import extractors
+from vqhit.cli import main
 from vqhit.hit import HiTConfig, StemConfig
 from vqhit.models import HiTGeneratorConfig, VQHiT, VQHiTConfig
 from vqhit.quantizer import QuantizerConfig
@@ -110,3 +114,19 @@ def photo_folder(tmp_path, picture):
         name = f"more/{index}.JPEG" if index > 3 else f"{index}.jpg"
         picture(40 + 8 * index, 48, seed=index).save(folder / name, quality=95)
     return folder
+
+
+@pytest.fixture
+def inside(capsys, monkeypatch):
+    """`vqhit` in this process, where torch is loaded already."""
+
+    def run(*arguments, cwd):
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["vqhit", *map(str, arguments)])
+        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return subprocess.CompletedProcess(arguments, ended.value.code, *capsys.readouterr())
+
+    return run

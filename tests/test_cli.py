@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from safetensors.torch import save_file
 from torchvision import models
 
 from vqhit import HiTGenerator, VQHiT
-from vqhit.cli import main
 from vqhit.files import KnownFile, sha256
 from vqhit.images import to_uint8, uint8_to_pil
 from vqhit.recipe import RunConfig
@@ -23,22 +21,6 @@ def vqhit(*arguments, cwd=None):
     return subprocess.run(
         [sys.executable, "-m", "vqhit", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, check=False
     )
-
-
-@pytest.fixture
-def inside(capsys, monkeypatch):
-    """`vqhit` in this process, where torch is loaded already."""
-
-    def run(*arguments, cwd):
-        monkeypatch.chdir(cwd)
-        monkeypatch.setattr(sys, "argv", ["vqhit", *map(str, arguments)])
-        monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return subprocess.CompletedProcess(arguments, ended.value.code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture
@@ -56,7 +38,10 @@ def fails(result, *parts):
         assert part in line
 
 
-@pytest.mark.parametrize("command", ["demo", "prepare", "train", "eval", "sample", "bench", "doctor", "reconstruct"])
+COMMANDS = ["demo", "prepare", "train", "eval", "sample", "tokenize", "detokenize", "bench", "doctor", "reconstruct"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(command):
     result = vqhit(command, "--help")
     assert result.returncode == 0

@@ -254,7 +254,7 @@ def test_a_destination_that_is_there_is_refused_and_left_alone(photo_folder, tmp
 
 def test_the_destination_cannot_be_the_source_nor_lie_around_or_in_it(photo_folder):
     for target in (photo_folder, photo_folder.parent, photo_folder / "out", photo_folder / "more" / ".." / "data"):
-        with pytest.raises(ValueError, match="cannot be, hold or lie in the images' own"):
+        with pytest.raises(ValueError, match="cannot be, hold or lie in the one that is read"):
             run(photo_folder, target)
 
 

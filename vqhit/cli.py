@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from vqhit.cli_tokens import detokenize, tokenize
 from vqhit.options import Device, GeneratorDir, ModelDir, Overrides
 
 app = typer.Typer(
@@ -397,6 +398,10 @@ def sample(
     if grid:
         image_grid([list(strip) for strip in kept] if interpolate else rows_of(kept)).save(out / "grid.png")
     print(f"{out}: {n} pictures{', and grid.png of all' if grid else ''}")
+
+
+app.command()(tokenize)
+app.command()(detokenize)
 
 
 @app.command()

@@ -22,6 +22,7 @@ Decay = Annotated[float, Strict(), Field(ge=0, lt=1)]
 Flag = Annotated[bool, Strict()]
 Text = Annotated[str, Strict(), Field(min_length=1)]
 
+_LONGEST_VALUE = 100  # characters of one in a message
 
 Problem = tuple[tuple[str | int, ...], str]
 """The key, and what is wrong with it."""
@@ -169,3 +170,25 @@ def of_kind(value: Any, kinds: Mapping[str, type[Config]], default: str | None =
             raise
         hint = f"without it, that is {kind}; there are: {allowed}"
         raise ConfigError([*error.problems, (("kind",), hint)]) from None
+
+
+def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """Keys of nested mappings whose values differ -> what each has: {"a.b": "a.b: 1 there, 2 now"}, in key order."""
+    before, after = _flat(there), _flat(now)
+    return {
+        key: f"{key}: {_short(before.get(key))} there, {_short(after.get(key))} now"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    }
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."

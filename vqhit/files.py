@@ -1,13 +1,17 @@
-"""Files that are whole: written atomically, checked by hash, fetched into a cache."""
+"""Files that are whole: written atomically, one process at a time, checked by hash, fetched into a cache."""
 
+import fcntl
 import hashlib
 import http.client
 import os
+import platform
 import re
 import socket
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 _HASH_IN_NAME = re.compile(r"-(?=\d*[a-f])([0-9a-f]{8}|[0-9a-f]{64})\.\w+$")  # all digits: perhaps a date
 _TIMEOUT_S = 30.0  # without an answer
@@ -63,6 +67,41 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class InUseError(ValueError):
+    """Another process has the lock; the text is its name."""
+
+
+def lock(path: Path) -> IO[str]:
+    """Claim a lock file until it is closed or this process ends, however it ends; raises `InUseError`.
+
+    A lock between processes: loader processes that outlive a kill do not hold it, and two claims in one process are
+    not kept apart. Where the file system has no locks, a warning says so.
+    """
+    file = path.open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise InUseError(holder) from None
+    except OSError as error:
+        warnings.warn(
+            f"{path.parent}: its file system has no locks ({error}); let no second process write there", stacklevel=2
+        )
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
+
+
+def check_apart(source: str, target: Path) -> None:
+    """Raise `ValueError` if a folder to write is, holds or lies in the one that is read, if `source` is one."""
+    here, there = Path(source).resolve(), target.resolve()
+    if Path(source).exists() and (here == there or there in here.parents or here in there.parents):
+        raise ValueError(f"{target}: the folder to write cannot be, hold or lie in the one that is read, {source}")
 
 
 def sha256(path: Path) -> str:

@@ -42,7 +42,9 @@ class FolderSource:
         self.folder, self.index = str(folder), index
         header = _INDEX_HEADER.match(index)
         names = index[header.end() :] if header else b""
-        if header is None or hashlib.sha256(names).hexdigest() != header[2].decode():
+        self.names_sha256 = hashlib.sha256(names).hexdigest()
+        """Of the list of files."""
+        if header is None or self.names_sha256 != header[2].decode():
             raise DataError(f"the index of {folder} is damaged; the file is only a list: remove it to list anew")
         self._names = np.frombuffer(names, dtype=np.uint8)
         self._ends = np.flatnonzero(self._names == 0)
@@ -60,17 +62,18 @@ class FolderSource:
     def __reduce__(self) -> tuple[Any, ...]:  # without the arrays, which are made of the index
         return FolderSource, (self.folder, self.index)
 
-    def _relative_name(self, index: int) -> str:
+    def origin(self, index: int) -> str:
+        """Name of an image file, relative to the folder."""
         start = self._ends[index - 1] + 1 if index else 0
         return os.fsdecode(self._names[start : self._ends[index]].tobytes())
 
     def name(self, index: int) -> str:
         """Path of an image file."""
-        return os.path.join(self.folder, self._relative_name(index))  # noqa: PTH118
+        return os.path.join(self.folder, self.origin(index))  # noqa: PTH118
 
     def stem(self, index: int) -> str:
         """Name of an image file relative to the folder, without its suffix."""
-        return os.path.splitext(self._relative_name(index))[0]  # noqa: PTH122
+        return os.path.splitext(self.origin(index))[0]  # noqa: PTH122
 
     def read(self, index: int) -> Image.Image:
         """Decode an image to RGB; raises `ImageError` naming a file that cannot be."""
@@ -79,7 +82,7 @@ class FolderSource:
     def encoded(self, index: int) -> Encoded:
         """The bytes of a file; raises `ImageError` naming one that cannot be read."""
         name = self.name(index)
-        return Encoded(file_bytes(name), name, self._relative_name(index))
+        return Encoded(file_bytes(name), name, self.origin(index))
 
 
 def list_images(folder: Path | str) -> list[str]:

@@ -55,14 +55,14 @@ class ImageSet:
         batches = load_batches(dataset, ([self.indices[number] for number in part] for part in parts), self.workers)
         total = len(self.indices)
         skipped, asked_for = Skipped(self.max_bad, total), 0
-        for part, batch in zip(parts, watch.waiting(_copied_ahead(batches, watch.device)), strict=True):
+        for part, batch in zip(parts, watch.waiting(copied_ahead(batches, watch.device)), strict=True):
             asked_for = min(asked_for + len(part) * distributed.world_size(), total)
             skipped.add(batch.skipped)
             skipped.check(asked_for)  # as if the other processes had no bad ones
             yield Crops(batch.images, [part[position] for position in batch.kept], batch.skipped)
 
 
-def _copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+def copied_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """Batches with their images on the device; to a GPU, copied while it works on the batch before."""
     if device.type != "cuda":
         yield from (batch._replace(images=batch.images.to(device)) for batch in batches)

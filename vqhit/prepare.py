@@ -5,7 +5,6 @@ were left out, skipped.txt (which, and why).
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import shutil
@@ -22,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from vqhit import __version__, images
 from vqhit.config import Count, NonNegativeInt
 from vqhit.data import BadShare, Share, Skipped, started, too_small
-from vqhit.files import flush
+from vqhit.files import InUseError, check_apart, flush, lock
 from vqhit.folder import DataError
 from vqhit.progress import ProgressBar
 from vqhit.sources import DatasetSource, ImageSource, SourceConfig, open_source
@@ -115,9 +114,7 @@ def _is_plain_jpeg(data: bytes) -> bool:
 
 
 def _check_paths(source: str, target: Path) -> None:
-    here, there = Path(source).resolve(), target.resolve()
-    if Path(source).exists() and (here == there or there in here.parents or here in there.parents):
-        raise ValueError(f"{target}: the folder to write cannot be, hold or lie in the images' own, {source}")
+    check_apart(source, target)
     if target.exists() or target.is_symlink():
         raise ValueError(f"{target}: is there already; name a new folder, or remove that one")
 
@@ -127,11 +124,11 @@ def _folder_renamed_to(target: Path) -> Iterator[Path]:
     """A new folder that gets its name when the block ends well and is removed when it does not."""
     folder = target.parent / f".{target.name}.unfinished"
     folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given up by the system if this process is killed
-        except OSError:
-            raise ValueError(f"{target}: another process is writing it now") from None
+    try:
+        claimed = lock(folder / "lock")
+    except InUseError as holder:
+        raise ValueError(f"{target}: {holder} is writing it now") from None
+    with claimed:
         try:
             for path in folder.iterdir():  # what a killed one left
                 if path.name != "lock":

@@ -21,11 +21,12 @@ def say(text: str, file: TextIO | None = None) -> None:
 class ProgressBar:
     """Shows how far a loop is, its speed, the time left and any numbers given to `advance`.
 
-    `total` and `done` count loop iterations; the speed counts images. A `hidden` one only measures the speed.
+    `total` and `done` count loop iterations, or with `images` images; the speed counts images. A `hidden` one only
+    measures the speed.
     """
 
-    def __init__(self, title: str, total: int, *, done: int = 0, hidden: bool = False) -> None:
-        self.title, self.total, self.done, self.hidden = title, total, done, hidden
+    def __init__(self, title: str, total: int, *, done: int = 0, images: bool = False, hidden: bool = False) -> None:
+        self.title, self.total, self.done, self.images, self.hidden = title, total, done, images, hidden
         self.console = Console()
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -54,7 +55,8 @@ class ProgressBar:
 
     def advance(self, images: int, **numbers: float) -> None:
         """One iteration is done, of so many images; `numbers` are shown beside the bar."""
-        self.done += 1
+        steps = images if self.images else 1
+        self.done += steps
         self._pending += images
         now = time.perf_counter()
         if (seconds := now - self._last_time) >= 0.5 or self.done == self.total:
@@ -63,7 +65,7 @@ class ProgressBar:
             self._pending, self._last_time = 0, now
         parts = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items()]
         parts += [f"{self.rate:.3g} images/s"] if self.rate else []
-        self._bar.update(self._task, advance=1, numbers=", ".join(parts))
+        self._bar.update(self._task, advance=steps, numbers=", ".join(parts))
         if (
             self._bar.disable
             and not self.hidden

@@ -1,16 +1,12 @@
 """The folder of a run: its configuration, which tells runs apart, its records as lines of JSON, and its lock."""
 
-import fcntl
 import json
 import math
-import os
-import platform
-import warnings
 from pathlib import Path
 from typing import Any
 
-from vqhit.config import Config, ConfigError
-from vqhit.files import write_atomic
+from vqhit.config import Config, ConfigError, differences
+from vqhit.files import InUseError, lock, write_atomic
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
@@ -28,27 +24,12 @@ class RunFolder:
         self.eval_index = self.path / "eval.index"
 
     def lock(self) -> None:
-        """Claim the folder until this process ends, however it ends; raises `ConfigError` naming one that has it.
-
-        A lock between processes: loader processes that outlive a kill do not hold it, and two runs in one process are
-        not kept apart.
-        """
+        """Claim the folder until this process ends; raises `ConfigError` naming one that has it (see `files.lock`)."""
         self.path.mkdir(parents=True, exist_ok=True)
-        file = (self.path / ".lock").open("a+")
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            holder = file.read().strip() or "another process"
+            self._lock = lock(self.path / ".lock")
+        except InUseError as holder:
             raise ConfigError(f"run_dir {self.path} is in use by {holder}; choose another run_dir") from None
-        except OSError as error:
-            warnings.warn(
-                f"{self.path}: its file system has no locks ({error}); start no second run in it", stacklevel=2
-            )
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
-        self._lock = file
 
     def exists(self) -> bool:
         """Whether there is a run to continue."""
@@ -67,12 +48,12 @@ class RunFolder:
                 there = type(config).from_yaml(path)
             except ConfigError as error:
                 raise ConfigError(f"{error}: damaged, or of another version; put the run's own back") from None
-            before, now = _flat(there.to_dict()), _flat(config.to_dict())
-            changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-            changed.sort(key=lambda key: key != "model.kind")  # which explains all others
-            if changed := [key for key in changed if key not in changeable]:
-                differences = ", ".join(f"{key}: {before.get(key)} there, {now.get(key)} now" for key in changed[:3])
-                raise ConfigError(f"run_dir {self.path} holds another run ({differences}); choose another run_dir")
+            changed = differences(there.to_dict(), config.to_dict())
+            names = [key for key in changed if key not in changeable]
+            if names:
+                names.sort(key=lambda key: key != "model.kind")  # which explains all others
+                found = ", ".join(changed[key] for key in names[:3])
+                raise ConfigError(f"run_dir {self.path} holds another run ({found}); choose another run_dir")
 
     def start(self, config: Config, step: int, index: bytes | None = None) -> list[str]:
         """Write the resolved configuration, and the list of an image folder, for a run to be continued from `step`.
@@ -109,10 +90,3 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

@@ -47,6 +47,9 @@ class ImageSource(Protocol):
     def encoded(self, index: int) -> Encoded:
         """The bytes of an image as they are stored; raises `ImageError` naming one that has none."""
 
+    def origin(self, index: int) -> str | None:
+        """File name of an image, relative to the folder that was read; None if a row of a data set has none."""
+
 
 class DatasetSource:
     """Rows of a `datasets.Dataset` with a column of encoded images.
@@ -79,10 +82,14 @@ class DatasetSource:
         """The bytes in a row, or of the file that it names; raises `ImageError` naming a row that has none."""
         cell = self._cell(index)
         name = _row_name(self.path, index, cell)
-        origin = _origin(cell)
-        if origin and (origin.startswith("/") or "://" in origin):  # a file in the Hub's cache, or on the Hub
-            origin = origin.rpartition("/")[2]
-        return Encoded(_cell_bytes(cell, name), name, origin)
+        return Encoded(_cell_bytes(cell, name), name, _relative(_origin(cell)))
+
+    def origin(self, index: int) -> str | None:
+        """Name of the file that a row was made from, None where that is not known."""
+        if self.rows._indices is not None:
+            return _relative(_origin(self.rows[index][self.column]))
+        cell = self.rows.data.column(self.column)[index]  # an image's bytes stay where they are
+        return _relative(cell["path"].as_py()) if "path" in getattr(cell, "keys", tuple)() else None
 
 
 class StreamSource:
@@ -244,6 +251,12 @@ def _unnumbered_name(path: str, cell: Any) -> str:
 
 def _origin(cell: Any) -> str | None:
     return cell.get("path") if isinstance(cell, dict) else None
+
+
+def _relative(origin: str | None) -> str | None:
+    if origin and (origin.startswith("/") or "://" in origin):  # a file in the Hub's cache, or on the Hub
+        return origin.rpartition("/")[2]
+    return origin
 
 
 def _decode(cell: Any, path: str, number: int) -> Image.Image:

@@ -1,0 +1,215 @@
+"""The folder that `vqhit tokenize` writes: manifest.json, README.md for `datasets`, data/*.parquet, skipped.jsonl.
+
+The manifest says how the tokens were made. It is written first, with `complete` false, and with `complete` true last;
+in between the same command goes on where another one was interrupted.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from vqhit.config import differences
+from vqhit.files import InUseError, lock, write_atomic
+from vqhit.folder import DataError
+from vqhit.progress import say
+from vqhit.token_shards import DamagedShardError, Partition, ShardFormat, Skip, shard_name, summary
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+SKIPPED = "skipped.jsonl"
+_CARD = "README.md"
+_LOCK = ".lock"
+_NEEDED = {"complete": bool, "model": dict, "codebook_size": int, "token_grid": list, "source": dict, "shards": int}
+_NOT_COMPARED = ("complete", "images", "rows", "skipped")
+
+
+class TokenFolder:
+    """A folder of tokens, complete or not."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.data = self.path / "data"
+
+    def manifest(self) -> dict[str, Any] | None:
+        """What manifest.json says, None if there is none; raises `DataError` for one that cannot be read."""
+        path = self.path / MANIFEST
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: not a readable JSON file ({error})") from None
+        version = found.get("format_version") if isinstance(found, dict) else None
+        if version != FORMAT_VERSION:
+            raise DataError(f"{path}: format_version: found {version!r}; this vqhit reads {FORMAT_VERSION}")
+        for key, kind in _NEEDED.items():
+            if type(found.get(key)) is not kind:
+                raise DataError(f"{path}: {key}: found {found.get(key)!r}; expected {kind.__name__}")
+        return found
+
+    def shard(self, number: int, shards: int) -> Path:
+        """File of a shard."""
+        return self.data / shard_name(number, shards)
+
+    def is_complete(self) -> bool:
+        """Whether all that belongs into the folder is there."""
+        manifest = self.manifest()
+        return (
+            manifest is not None
+            and manifest["complete"]
+            and all(self.shard(number, manifest["shards"]).is_file() for number in range(manifest["shards"]))
+        )
+
+    def claim(self, made: dict[str, Any]) -> bool:
+        """Make the folder, or take up one that was `made` in the same way, for this process alone.
+
+        False if it is complete; it stays as it is then. Otherwise what a killed process left half-written is removed.
+        Raises `DataError` for a folder that is in use, holds anything else, or was made otherwise, naming what differs.
+        """
+        self._compare(made)
+        if self.is_complete():
+            return False
+        self.data.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock = lock(self.path / _LOCK)
+        except InUseError as holder:
+            raise DataError(f"{self.path}: {holder} is writing it now") from None
+        self._compare(made)  # another may have done all of it meanwhile
+        if self.is_complete():
+            self._release()
+            return False
+        for name in (MANIFEST, _CARD, SKIPPED):
+            _remove_temporary(self.path, name)
+        _remove_temporary(self.data, "train-")
+        names = {shard_name(number, made["shards"]) for number in range(made["shards"])}
+        if others := sorted({path.name for path in self.data.iterdir()} - names):
+            raise DataError(f"{self.data / others[0]}: no shard of these tokens; move it away")
+        self._write(MANIFEST, _text(made | {"complete": False}))
+        self._write(_CARD, _card(made))
+        return True
+
+    def _compare(self, made: dict[str, Any]) -> None:
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise DataError(f"{self.path}: a file; the tokens go into a folder, new or empty")
+        there = self.manifest()
+        if there is None:
+            if others := [path.name for path in self.path.iterdir() if not _is_of_a_start(path)]:
+                raise DataError(f"{self.path}: holds other files ({min(others)}); give a new or empty folder")
+            return
+        before, now = ({key: each[key] for key in each if key not in _NOT_COMPARED} for each in (there, made))
+        if changed := differences(before, now):
+            raise DataError(
+                f"{self.path}: holds other tokens ({', '.join(list(changed.values())[:3])}); give a new folder"
+            )
+
+    def missing(self, shard_format: ShardFormat, partition: Partition) -> tuple[list[int], list[Skip]]:
+        """Shards still to be written, and what the others have skipped.
+
+        A damaged one is removed, to be written again; raises `DataError` for one that was made in another way.
+        """
+        missing: list[int] = []
+        skipped: list[Skip] = []
+        for number in range(len(partition)):
+            path = self.shard(number, len(partition))
+            try:
+                if path.exists():
+                    skipped += shard_format.check(path, partition.images(number))
+                    continue
+            except DamagedShardError as error:
+                say(f"{error}; written again", sys.stderr)
+                path.unlink()
+            missing.append(number)
+        return missing, skipped
+
+    def finish(self, made: dict[str, Any], views: int) -> dict[str, Any]:
+        """All shards are written: list what was skipped, count, and give the folder up; returns the manifest."""
+        found = [summary(self.shard(number, made["shards"])) for number in range(made["shards"])]
+        rows, skipped = sum(each.rows for each in found), [skip for each in found for skip in each.skipped]
+        if not rows:
+            raise DataError(f"{made['source']['path']}: none of its images can be read; {skipped[0].problem}")
+        if skipped:
+            records = [{"index": skip.image, "problem": skip.problem} for skip in skipped]
+            self._write(SKIPPED, "".join(json.dumps(record) + "\n" for record in records))
+        counts = {"images": rows // views, "rows": rows, "skipped": len(skipped)}
+        manifest = made | {"complete": True} | counts
+        self._write(MANIFEST, _text(manifest))
+        self._release()
+        return manifest
+
+    def _write(self, name: str, text: str) -> None:
+        write_atomic(self.path / name, text.encode())
+
+    def _release(self) -> None:
+        (self.path / _LOCK).unlink(missing_ok=True)
+        self._lock.close()
+
+
+def digest(made: dict[str, Any]) -> str:
+    """A hash of how tokens were made, by which a shard is known."""
+    compared = {key: made[key] for key in made if key not in _NOT_COMPARED}
+    return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()
+
+
+def _is_of_a_start(path: Path) -> bool:
+    """Whether a start that was cut off before it wrote a manifest may have left this."""
+    return path.name == _LOCK or path.name.startswith(f".{MANIFEST}.") or (path.name == "data" and _is_empty(path))
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _remove_temporary(folder: Path, name: str) -> None:
+    """Remove what a killed `write_atomic` has left of files whose names begin so."""
+    for path in folder.glob(f".{name}*"):
+        path.unlink()
+
+
+def _text(manifest: dict[str, Any]) -> str:
+    return json.dumps(manifest, indent=2) + "\n"
+
+
+def _card(made: dict[str, Any]) -> str:
+    """A data set card by which `datasets` finds the Parquet files, here or on the Hub."""
+    height, width = made["token_grid"]
+    model, source = made["model"], made["source"]
+    count = min(source["images"], source["limit"] or source["images"])
+    revision = f" (revision {model['revision']})" if model["revision"] else ""
+    return f"""---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/*.parquet
+tags:
+- image-tokens
+- vqhit
+---
+# Image tokens
+
+Images as grids of {height}x{width} integers below {made["codebook_size"]}, made by `vqhit tokenize` with the tokenizer
+`{model["id"]}`{revision} from {count} images of {made["image_size"]} px. `manifest.json` says exactly how.
+
+```python
+import datasets
+import torch
+from vqhit import VQHiT
+
+row = datasets.load_dataset("THIS_FOLDER", split="train")[0]
+tokens = torch.tensor(row["tokens"]).view(1, row["height"], row["width"])
+images = VQHiT.from_pretrained({model["id"]!r}).decode(tokens)  # (1, 3, {made["image_size"]}, {made["image_size"]})
+```
+
+| column | |
+|---|---|
+| `tokens` | the grid, row by row |
+| `height`, `width` | its size |
+| `label` | class of the image, or null |
+| `source` | file name of the image, or empty |
+| `index` | number of the image in its source |
+| `view` | which crop of it: {made["preprocessing"]["views"]} |
+"""
