@@ -86,16 +86,16 @@ def test_the_second_notebook_runs_and_its_model_learns(execute):
     done = execute(notebook)
     losses = held_out_losses(done)
     assert losses[-1] < losses[0]
-    assert f"{QUICK['crops_per_photograph'] * 6 * 2} sequences to train on, 18 held out" in text(done)
+    assert "240 sequences to train on, 15 held out" in text(done)  # of five photographs; training has mirror images
     assert pictures(done) == pictures(read(NAMES[1]))
 
 
-def test_the_second_notebook_as_stored_has_learned_more_than_how_often_each_code_occurs():
+def test_the_second_notebook_as_stored_has_learned_more_than_which_codes_each_class_has():
     stored = read(NAMES[1])
     assert parameters_cell(stored) is code_cells(stored)[0]
     losses = held_out_losses(stored)
-    unigram = float(re.search(r"how often each code occurs: (\d+\.\d+)", text(stored))[1])
-    assert losses[-1] < unigram - 1 < losses[0] - 1
+    frequencies = float(re.search(r"(\d+\.\d+) from how often each code occurs in the class", text(stored))[1])
+    assert losses[-1] < frequencies - 0.5 < losses[0]
 
 
 @pytest.mark.parametrize("name", NAMES)
