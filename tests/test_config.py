@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision import models
 
-from vqhit.config import ConfigError
+from vqhit.config import ConfigError, differences
 from vqhit.convnet import ConvNetGeneratorConfig
 from vqhit.discriminator import DiscriminatorConfig
 from vqhit.models import HiTGenerator, HiTGeneratorConfig, VQHiT, VQHiTConfig
@@ -89,17 +89,9 @@ def test_imagenet_config_is_the_papers_recipe():
     assert not config.discriminator.minibatch_stddev
 
 
-def flat(values, prefix=""):
-    found = {}
-    for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
-
-
-def differences(first, second):
+def changed(first, second):
     """Keys in which two runs differ, but for their folders."""
-    first, second = (flat({**config.to_dict(), "run_dir": ""}) for config in (first, second))
-    return {key for key in first.keys() | second.keys() if first.get(key) != second.get(key)}
+    return set(differences(*({**config.to_dict(), "run_dir": ""} for config in (first, second))))
 
 
 GAN_RECIPES = {  # preset, learning rate, bCR, steps, batch size, of D: resolution and multiplier
@@ -123,7 +115,7 @@ def test_gan_configs_are_the_papers_recipes(name):
     loss = config.loss
     assert (loss.gan, loss.r1, loss.r1_every, loss.consistency) == ("non_saturating", 10, 1, consistency)
     assert (config.discriminator.resolution, config.discriminator.channel_multiplier) == discriminator
-    assert differences(config, config.model_copy(update={"discriminator": DiscriminatorConfig()})) <= {
+    assert changed(config, config.model_copy(update={"discriminator": DiscriminatorConfig()})) <= {
         "discriminator.resolution",
         "discriminator.channel_multiplier",
     }
@@ -134,7 +126,7 @@ def test_gan_configs_are_the_papers_recipes(name):
 
 def test_the_convolutional_baseline_differs_in_nothing_but_the_model():
     ours, theirs = (RunConfig.from_yaml(CONFIGS / f"{name}_imagenet128.yaml") for name in ("hitgan", "convnet"))
-    assert all(key.startswith("model.") for key in differences(ours, theirs))
+    assert all(key.startswith("model.") for key in changed(ours, theirs))
     assert theirs.model == ConvNetGeneratorConfig()
 
 
@@ -160,7 +152,7 @@ ABLATIONS = {
 def test_an_ablation_differs_from_the_full_model_in_what_it_is_named_for(name):
     path = CONFIGS / "ablations" / f"{name}.yaml"
     full = RunConfig.from_yaml(CONFIGS / "ablations" / "full_model.yaml")
-    found = differences(RunConfig.from_yaml(path), full)
+    found = changed(RunConfig.from_yaml(path), full)
     assert found == {f"model.backbone.{key}" for key in ABLATIONS[name]}
     comment = " ".join(path.read_text().replace("#", " ").partition("run_dir:")[0].split())
     named = " and ".join(f"model.backbone.{key}" for key in sorted(ABLATIONS[name]))
@@ -172,12 +164,12 @@ def test_table_7_is_with_and_without_bcr_for_each_size():
     for size in "sbl":
         on, off = (RunConfig.from_yaml(ablations / f"table7_hit_{size}_{bcr}.yaml") for bcr in ("bcr", "no_bcr"))
         rates = {"optimizer.learning_rate", "discriminator_optimizer.learning_rate"}
-        assert differences(on, off) == {"loss.consistency", *rates}
+        assert changed(on, off) == {"loss.consistency", *rates}
         assert (on.loss.consistency, on.optimizer.learning_rate) == (10, 5e-5)
         assert (off.loss.consistency, off.optimizer.learning_rate) == (0, 1e-4)
         assert on.model == HiTGeneratorConfig.preset(f"hit-{size}-256")
     base = RunConfig.from_yaml(ablations / "table7_hit_b_bcr.yaml")
-    assert not differences(base, RunConfig.from_yaml(CONFIGS / "hitgan_ffhq256.yaml"))
+    assert not changed(base, RunConfig.from_yaml(CONFIGS / "hitgan_ffhq256.yaml"))
     assert len(list(ablations.glob("*.yaml"))) == len(ABLATIONS) + 1 + 6
 
 
@@ -273,3 +265,14 @@ def test_configurations_are_frozen():
     config = VQHiTConfig.preset("vqhit-b-256")
     with pytest.raises(ValueError, match="frozen"):
         config.stem = config.stem
+
+
+def test_differences_of_nested_mappings_are_told_key_by_key():
+    there = {"model": {"kind": "vq", "dim": 8}, "steps": 3, "gone": 1, "long": "x" * 500}
+    now = {"model": {"kind": "vq", "dim": 9}, "steps": 3, "new": None, "long": "y"}
+    assert differences(there, now) == {
+        "gone": "gone: 1 there, None now",
+        "long": f"long: {'x' * 100}... there, y now",
+        "model.dim": "model.dim: 8 there, 9 now",
+    }
+    assert differences(now, now) == {}

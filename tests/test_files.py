@@ -1,16 +1,20 @@
 """Files that are whole: atomic writing, hashes, and weights from a path, a cache or a download."""
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import http.server
 import os
+import platform
+import subprocess
+import sys
 import threading
 
 import pytest
 import torch
 
-from vqhit.files import KnownFile, check_hash, check_writable, sha256, write_atomic
+from vqhit.files import KnownFile, check_hash, check_writable, lock, sha256, write_atomic
 
 CONTENT = b"weights" * 1000
 HASH = hashlib.sha256(CONTENT).hexdigest()
@@ -159,3 +163,22 @@ def test_atomic_writing_replaces_or_leaves(tmp_path):
     assert path.read_bytes() == b"one"
     assert list(tmp_path.iterdir()) == [path]
     assert sha256(path) == hashlib.sha256(b"one").hexdigest()
+
+
+def test_a_lock_is_held_against_other_processes_until_it_is_closed(tmp_path):
+    code = "import sys; from pathlib import Path; from vqhit.files import lock; lock(Path(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(tmp_path / ".lock")]
+    held = lock(tmp_path / ".lock")
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.stderr.splitlines()[-1] == f"vqhit.files.InUseError: process {os.getpid()} on {platform.node()}"
+    held.close()
+    assert subprocess.run(command, check=False).returncode == 0
+
+
+def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("no locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with pytest.warns(UserWarning, match=r"has no locks \(no locks available\); let no second process write there"):
+        lock(tmp_path / ".lock").close()

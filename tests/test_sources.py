@@ -284,6 +284,17 @@ def test_a_column_of_text_is_not_decoded(tmp_path):
         open_source(config(tmp_path / "text")).read(0)
 
 
+def test_the_file_that_a_row_was_made_from_is_told_without_folders_of_this_machine(tmp_path):
+    cells = [{"bytes": grey(1), "path": name} for name in ("a/1.png", "/cache/2.png", "hf://x/3.png", None)]
+    save_cells(cells, tmp_path / "rows")
+    rows = open_source(config(tmp_path / "rows"))
+    assert [rows.origin(row) for row in range(4)] == ["a/1.png", "2.png", "3.png", None]
+    chosen = DatasetSource(datasets.load_from_disk(tmp_path / "rows").select([2, 0]), config(tmp_path))
+    assert [chosen.origin(row) for row in range(2)] == ["3.png", "a/1.png"]
+    plain = datasets.Dataset.from_dict({"image": [grey(1)]})
+    assert DatasetSource(plain, config(tmp_path)).origin(0) is None
+
+
 def test_only_a_data_set_with_labels_has_them(tmp_path):
     dataset().save_to_disk(tmp_path / "none")
     dataset().add_column("label", list(range(ROWS))).save_to_disk(tmp_path / "labels")

@@ -220,7 +220,6 @@ def test_a_complete_folder_stays_as_it_is(tiny_model, photo_folder, tmp_path):
     before = contents(tmp_path / "out")
     assert run(tiny_model, photo_folder, tmp_path / "out") == first
     assert contents(tmp_path / "out") == before
-    assert (tmp_path / "out").stat().st_mtime_ns == (tmp_path / "out").stat().st_mtime_ns
 
 
 def test_a_shard_that_is_gone_from_a_complete_folder_is_written_again(tiny_model, photo_folder, tmp_path):
@@ -228,6 +227,15 @@ def test_a_shard_that_is_gone_from_a_complete_folder_is_written_again(tiny_model
     before = shards(tmp_path / "out")
     (tmp_path / "out" / "data" / "train-00001-of-00002.parquet").unlink()
     assert run(tiny_model, photo_folder, tmp_path / "out")["rows"] == 6
+    assert shards(tmp_path / "out") == before
+
+
+def test_one_that_was_interrupted_after_its_last_shard_is_only_closed(tiny_model, photo_folder, tmp_path):
+    first = run(tiny_model, photo_folder, tmp_path / "out")
+    before = shards(tmp_path / "out")
+    manifest = tmp_path / "out" / "manifest.json"
+    manifest.write_text(json.dumps(first | {"complete": False}))
+    assert run(tiny_model, photo_folder, tmp_path / "out", workers=1) == first
     assert shards(tmp_path / "out") == before
 
 
@@ -420,7 +428,9 @@ def test_the_command_says_what_it_did_and_leaves_a_complete_folder_alone(inside,
     arguments = ("tokenize", "--model", "model", "--data", photo_folder, "--out", "out", "--images-per-shard", 4)
     first = inside(*arguments, cwd=tmp_path)
     assert (first.returncode, first.stderr) == (0, "")
-    assert first.stdout.splitlines()[-1] == "out: 6 rows of 8x8 tokens from 6 images"
+    *progress, last = first.stdout.splitlines()
+    assert progress[-1].startswith("tokenize 6/6: ")  # images, not batches
+    assert last == "out: 6 rows of 8x8 tokens from 6 images"
     before = contents(tmp_path / "out")
     again = inside(*arguments, cwd=tmp_path)
     assert (again.returncode, again.stdout) == (0, "out: complete already, 6 rows of 8x8 tokens from 6 images\n")

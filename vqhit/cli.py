@@ -11,7 +11,16 @@ from typing import Annotated, Any, get_args
 import typer
 
 from vqhit.cli_tokens import detokenize, tokenize
-from vqhit.options import Device, GeneratorDir, ModelDir, Overrides
+from vqhit.options import (
+    DecodedAtATime,
+    Device,
+    GeneratorDir,
+    ImageColumn,
+    MaxBad,
+    ModelDir,
+    Overrides,
+    TrainSplit,
+)
 
 app = typer.Typer(
     name="vqhit",
@@ -112,12 +121,10 @@ def prepare(
     crop_proportion: Annotated[float, typer.Option("--crop-proportion", help="Their share of the short side.")] = 0.875,
     image_format: Annotated[str, typer.Option("--format", help="jpeg, png or webp.")] = "jpeg",
     quality: Annotated[int, typer.Option("--quality", min=1, max=100, help="Of JPEG and WebP.")] = 95,
-    split: Annotated[
-        str | None, typer.Option("--split", help="Of a data set that has splits; train if not set.")
-    ] = None,
-    image_column: Annotated[str | None, typer.Option("--image-column", help="Found if not set.")] = None,
+    split: TrainSplit = None,
+    image_column: ImageColumn = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")] = None,
-    max_bad: Annotated[float, typer.Option("--max-bad", help="Share of unreadable images that stops it.")] = 0.01,
+    max_bad: MaxBad = 0.01,
     workers: Annotated[int, typer.Option("--workers", min=0, help="Loader processes.")] = 0,
 ) -> None:
     """Resize images once, so that training crops need no resampling, into a folder that `datasets` opens.
@@ -200,7 +207,7 @@ def evaluate(
     crop_proportion: Annotated[
         float, typer.Option("--crop-proportion", help="Of a reference set: below 1, the middle of the short side.")
     ] = 1.0,
-    max_bad: Annotated[float, typer.Option("--max-bad", help="Share of unreadable images that stops it.")] = 0.01,
+    max_bad: MaxBad = 0.01,
     samples: Annotated[
         int | None, typer.Option("--samples", min=2, help="Of a generator: draw so many; 50,000 if not set.")
     ] = None,
@@ -359,10 +366,7 @@ def sample(
     interpolate: Annotated[
         bool, typer.Option("--interpolate", help="Each picture a strip of 8, from one noise vector to another.")
     ] = False,
-    batch_size: Annotated[
-        int | None,
-        typer.Option("--batch-size", min=1, help="Images at a time, which rounds them; 1 on the CPU, else 32."),
-    ] = None,
+    batch_size: DecodedAtATime = None,
     device: Device = "auto",
 ) -> None:
     """Draw images from a generator, as 000000.png, 000001.png, ...

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vqhit.options import Device, ModelDir
+from vqhit.options import DecodedAtATime, Device, ImageColumn, MaxBad, ModelDir, TrainSplit
 
 _LONGEST_SHARE_MINUTES = 7 * 24 * 60  # a process that is done waits for the slowest
 
@@ -14,10 +14,8 @@ def tokenize(
     model: ModelDir,
     data: Annotated[str, typer.Option("--data", help="Images: a folder, a `datasets` folder, or a Hub id.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write, or to go on with.")],
-    split: Annotated[
-        str | None, typer.Option("--split", help="Of a data set that has splits; train if not set.")
-    ] = None,
-    image_column: Annotated[str | None, typer.Option("--image-column", help="Found if not set.")] = None,
+    split: TrainSplit = None,
+    image_column: ImageColumn = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Of a data set on the Hub.")] = None,
     views: Annotated[
         str, typer.Option("--views", help="Crops of each image: none (the center crop alone), flip or ten-crop.")
@@ -29,7 +27,7 @@ def tokenize(
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="Tokenise this many images, evenly spaced.")
     ] = None,
-    max_bad: Annotated[float, typer.Option("--max-bad", help="Share of unreadable images that stops it.")] = 0.01,
+    max_bad: MaxBad = 0.01,
     device: Device = "auto",
 ) -> None:
     """Write the tokens of images into Parquet files that `datasets` opens; the same command continues one that stopped.
@@ -81,13 +79,10 @@ def detokenize(
     tokens: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `vqhit tokenize` wrote.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the pictures, new or empty.")],
     model: Annotated[
-        str | None, typer.Option("--model", help="Another tokenizer of as many codes than that of the manifest.")
+        str | None, typer.Option("--model", help="Another tokenizer, of as many codes; by default the manifest's.")
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Decode the first rows only.")] = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option("--batch-size", min=1, help="Images at a time, which rounds them; 1 on the CPU, else 32."),
-    ] = None,
+    batch_size: DecodedAtATime = None,
     device: Device = "auto",
 ) -> None:
     """Decode tokens to pictures, as 000000.png, 000001.png, ... in the order of their rows.

@@ -107,12 +107,17 @@ def _tokenizer(manifest: dict[str, Any], model: str | None, device: torch.device
 
 def _rows(tokens: TokenFolder, manifest: dict[str, Any], count: int) -> Iterator[np.ndarray]:
     """The first `count` rows, shard by shard: (rows, h*w) int64, checked."""
+    import pyarrow
+
     height, width = manifest["token_grid"]
     for path in _shards(tokens, manifest):
         table = read_shard(path, ["tokens", "height", "width"]).slice(0, count)
         for column, expected in (("height", height), ("width", width)):
             if len(others := set(table[column].unique().to_pylist()) - {expected}):
                 raise DataError(f"{path}: {column} {others.pop()}; {MANIFEST} says {expected}")
+        kind = table["tokens"].type
+        if not (pyarrow.types.is_fixed_size_list(kind) and pyarrow.types.is_integer(kind.value_type)):
+            raise DataError(f"{path}: tokens are {kind}; expected lists of integers")
         flat = table["tokens"].combine_chunks().flatten()
         if flat.null_count or len(flat) != len(table) * height * width:
             raise DataError(f"{path}: {len(flat)} tokens in {len(table)} rows; a row has {height * width}")

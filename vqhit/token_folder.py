@@ -47,6 +47,9 @@ class TokenFolder:
         for key, kind in _NEEDED.items():
             if type(found.get(key)) is not kind:
                 raise DataError(f"{path}: {key}: found {found.get(key)!r}; expected {kind.__name__}")
+        grid = found["token_grid"]
+        if len(grid) != 2 or not all(type(side) is int and side > 0 for side in grid):
+            raise DataError(f"{path}: token_grid: found {grid}; expected height and width")
         return found
 
     def shard(self, number: int, shards: int) -> Path:

@@ -214,9 +214,9 @@ class _Writer:
             indices += [part[position] for position in batch.kept]
             bad = [index for position, index in enumerate(part) if position not in kept]
             skipped += map(Skip, bad, batch.skipped)
-            self._count(part, batch.skipped, bar)
             if kept:
                 tokens.append(self._encode(batch.images.flatten(0, 1)))
+            self._count(part, batch.skipped, bar)
         height, width = self.format.token_grid
         found = torch.cat(tokens).flatten(1).cpu().numpy() if tokens else np.empty((0, height * width))
         sources = [readable(self.source.origin(index) or "") for index in indices]
