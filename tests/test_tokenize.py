@@ -92,6 +92,16 @@ def test_datasets_opens_the_folder_with_its_types_and_class_names(tiny_model, tm
     assert torch.equal(row["tokens"].long().view(row["height"], row["width"]), expected)
 
 
+def test_datasets_never_takes_the_rows_of_a_folder_for_those_of_one_that_took_its_place(
+    tiny_model, photo_folder, tmp_path
+):
+    for limit in (4, 2):
+        run(tiny_model, photo_folder, tmp_path / "out", limit=limit)
+        loaded = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
+        assert len(loaded) == limit
+        shutil.rmtree(tmp_path / "out")
+
+
 def test_of_a_data_set_labels_file_names_and_row_numbers_are_kept(tiny_model, tmp_path, photo_folder):
     features = datasets.Features({"picture": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
     files = [str(photo_folder / f"{number}.jpg") for number in range(4)]

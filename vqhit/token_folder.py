@@ -177,17 +177,15 @@ def _text(manifest: dict[str, Any]) -> str:
 
 
 def _card(made: dict[str, Any]) -> str:
-    """A data set card by which `datasets` finds the Parquet files, here or on the Hub."""
+    """A data set card, without `configs`: with those in it, `datasets` 5.2 reads an older folder's rows from its cache.
+
+    It finds the Parquet files by their names, here and on the Hub.
+    """
     height, width = made["token_grid"]
     model, source = made["model"], made["source"]
     count = min(source["images"], source["limit"] or source["images"])
     revision = f" (revision {model['revision']})" if model["revision"] else ""
     return f"""---
-configs:
-- config_name: default
-  data_files:
-  - split: train
-    path: data/*.parquet
 tags:
 - image-tokens
 - vqhit
