@@ -21,9 +21,9 @@ class ModelHub:
         self.repositories = {}
         self.objects = {}
         self.asked = []
-        """Method and path of each request."""
+        """Method, path and range of each request."""
         self.cut = {}
-        """File name -> after how many bytes the connection is cut, each time; None: once only."""
+        """File name -> after how many bytes the connection is cut, one number for each time."""
         self.broken = {}
         """Part of a path -> status that it is answered with."""
         self.headers = {}
@@ -128,14 +128,18 @@ class ModelHub:
         return as_json({"transfer": "basic", "objects": objects}, "application/vnd.git-lfs+json")
 
     def _take(self, repo, branch, body, address):
-        files, deleted = {}, []
+        files, deleted, parent = {}, [], None
         for line in map(json.loads, body.splitlines()):
-            if line["key"] == "file":
+            if line["key"] == "header":
+                parent = line["value"].get("parentCommit")
+            elif line["key"] == "file":
                 files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             elif line["key"] == "lfsFile":
                 files[line["value"]["path"]] = self.objects[line["value"]["oid"]]
             elif line["key"] == "deletedFile":
                 deleted.append(line["value"]["path"])
+        if parent not in (None, self.repositories[repo]["branches"][branch]):
+            return 412, {"X-Error-Message": "A commit has happened since"}, b"{}"
         sha = self.commit(repo, branch, files, deleted)
         return as_json({"commitUrl": f"{address}/{repo}/commit/{sha}", "commitOid": sha, "hookOutput": ""})
 
@@ -172,7 +176,7 @@ def served(hub=None):
 
         def do_GET(self):
             path = unquote(urlsplit(self.path).path)
-            hub.asked.append(f"{self.command} {path}")
+            hub.asked.append(f"{self.command} {path} {self.headers.get('Range', '-')}")
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             raw = urlsplit(self.path).path
             status, headers, data = hub.answer(self.command, raw, self.headers, body, address)
@@ -189,11 +193,8 @@ def served(hub=None):
             if self.command == "HEAD":
                 return
             name = path.rpartition("/")[2]
-            if "/resolve/" in path and name in hub.cut:
-                after, again = hub.cut[name]
-                if not again:
-                    del hub.cut[name]
-                self.wfile.write(data[:after])
+            if "/resolve/" in path and hub.cut.get(name):
+                self.wfile.write(data[: hub.cut[name].pop(0)])
                 self.wfile.flush()
                 self.connection.close()
                 self.close_connection = True

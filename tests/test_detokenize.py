@@ -130,6 +130,28 @@ def cut_off(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def swap(folder):
+    first, second = sorted((folder / "data").iterdir())
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+
+
+def change_metadata(folder, about):
+    path = folder / "data" / "train-00001-of-00002.parquet"
+    table = parquet.read_table(path)
+    metadata = {**table.schema.metadata, b"vqhit": json.dumps(about).encode()}
+    parquet.write_table(table.replace_schema_metadata(metadata), path)
+
+
+def of_others(folder):
+    change_metadata(folder, {"made": "otherwise", "skipped": []})
+
+
+def strange(folder):
+    change_metadata(folder, {"made": "x", "skipped": 5})
+
+
 DAMAGES = {
     "a token that is no code": (out_of_range, r"00000-of-00002.parquet: tokens range from \d+ to 32; allowed: 0 to 31"),
     "another grid": (
@@ -152,6 +174,15 @@ DAMAGES = {
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "tokens: no manifest.json in it"),
     "a newer format": (lambda folder: edit(folder, format_version=2), "format_version: found 2; this vqhit reads 1"),
     "a strange manifest": (lambda folder: edit(folder, shards="many"), "shards: found 'many'; expected int"),
+    "no shards": (lambda folder: edit(folder, shards=0, rows=0), "shards: found 0; expected 1 or more"),
+    "no count of images": (lambda folder: edit(folder, images=None), "images: found None; expected int"),
+    "swapped shards": (swap, "its rows are not in the order of their images; tokenize again"),
+    "a shard of other tokens": (of_others, "files that were not made in one way"),
+    "a shard whose metadata are strange": (strange, "parquet: not written by vqhit tokenize"),
+    "a manifest like a well": (
+        lambda folder: (folder / "manifest.json").write_text("[" * 200_000),
+        "not a readable JSON file",
+    ),
     "a strange grid": (
         lambda folder: edit(folder, token_grid=[8, "8"]),
         r"token_grid: found \[8, '8'\]; expected height",

@@ -130,6 +130,7 @@ def test_every_metric_is_its_oracles(tiny_model, twelve, inception, vgg16, tmp_p
     assert protocol["network"]["sha256"] == sha256(inception)
     assert protocol["reference"] == {
         "data": str(twelve),
+        "on_hub": False,
         "split": None,
         "images": 12,
         "selection": "all",

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.commands import write_recipe
 from vqhit import ConfigError, HiTGenerator, VQHiT
+from vqhit.checkpoint import CheckpointError
 from vqhit.recipe import RunConfig
 from vqhit.train import Trainer
 
@@ -99,6 +100,12 @@ def test_means_of_codes_go_on(values, tmp_path, tiny_config):
     assert torch.equal(begun.codebook.average.sums, kept["code_sums"])
 
 
+def test_a_run_without_an_average_begins_with_the_averaged_weights(values, run, tmp_path):
+    begun = trainer(values, run_dir=str(tmp_path / "tuned"), init_from=str(run), ema={"decay": 0.0}).state
+    for name, tensor in VQHiT.from_pretrained(run / "model").state_dict().items():
+        assert torch.equal(begun.model.state_dict()[name], tensor), name
+
+
 def test_the_average_goes_on_if_it_starts_at_step_0(values, run, tmp_path):
     changes = {"run_dir": str(tmp_path / "tuned"), "init_from": str(run), "ema": {"decay": 0.9, "start_step": 0}}
     changes["train"] = {**values["train"], "steps": 1, "restart_codes_after": 0}
@@ -137,6 +144,9 @@ def test_what_does_not_fit_is_named(values, run, tmp_path, tiny_generator_config
     state = load_file(folder / "model_optimizer.safetensors")
     state.pop("quantizer.codebook/exp_avg")
     save_file(state, folder / "model_optimizer.safetensors")
+    with pytest.raises(CheckpointError, match=r"model_optimizer\.safetensors: damaged, "):
+        trainer(values, init_from=str(folder), **tuned)
+    (folder / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"not the state of these parameters \(quantizer\.codebook/exp_avg is in one"):
         trainer(values, init_from=str(folder), **tuned)
     assert not (tmp_path / "tuned").exists()

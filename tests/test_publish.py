@@ -3,23 +3,30 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torchvision import models
 
 from tests.commands import write_recipe
 from tests.model_hub import served
-from tests.test_repository import TOKEN, environment
+from tests.test_repository import environment
 from vqhit import VQHiT
 from vqhit.evaluate import evaluate_tokenizer
 from vqhit.files import sha256
+from vqhit.finetune import BegunWith, write_begun_with
+from vqhit.hub import PUBLISHED
+from vqhit.perceptual import FeaturesConfig
 from vqhit.protocol import EvaluationSettings
-from vqhit.publish import OURS, package
+from vqhit.publish import package
 from vqhit.recipe import RunConfig
+from vqhit.runs import RunFolder
 from vqhit.train import Trainer
 
 
@@ -40,9 +47,16 @@ def run(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "run")
 
 
-def evaluate(run, out):
+@pytest.fixture
+def photos(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        Image.effect_noise((20, 20), 50).convert("RGB").save(tmp_path / "photos" / f"{number}.png")
+
+
+def evaluate(run, out, **settings):
     model = VQHiT.from_pretrained(run / "model")
-    settings = EvaluationSettings(metrics=("psnr", "ssim", "codebook"), max_bad=1.0)
+    settings = EvaluationSettings(**{"metrics": ("psnr", "ssim", "codebook"), "max_bad": 1.0, **settings})
     results = evaluate_tokenizer(model, run.parent / "photos", settings)
     results = {"model": str(run), "model_sha256": sha256(run / "model" / "model.safetensors"), **results}
     out.write_text(json.dumps(results))
@@ -60,7 +74,7 @@ def test_a_run_gives_its_averaged_model_a_grid_and_its_settings(run):
     assert found.files["grid.png"] == run / "grids" / "step_000000004.png"
     assert "grid.png shows training images; --no-grid leaves it out" in found.remarks
     assert "grid.png" not in package(run, "someone/tiny", grid=False).files
-    assert set(found.files) <= set(OURS)
+    assert set(found.files) <= set(PUBLISHED)
 
 
 def test_the_settings_can_be_trained_again_and_hide_where_they_were(run, tmp_path):
@@ -74,10 +88,47 @@ def test_the_settings_can_be_trained_again_and_hide_where_they_were(run, tmp_pat
     assert again.data.path == "photos"
 
 
-def test_the_card_says_how_it_was_trained_and_measured(run, tmp_path):
-    (tmp_path / "photos").mkdir()
-    for number in range(3):
-        Image.effect_noise((20, 20), 50).convert("RGB").save(tmp_path / "photos" / f"{number}.png")
+def test_relative_paths_are_nobodys_business_either_wherever_the_command_runs(run, tmp_path, monkeypatch):
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    values["data"]["path"] = "clients/acme"
+    values["eval"]["path"] = "clients/acme-held-out"
+    values["init_from"] = "runs/secret"
+    (run / "config.yaml").write_text(yaml.safe_dump(values))
+    write_begun_with(RunFolder(run), BegunWith(None, None, "1" * 64, []))
+    monkeypatch.chdir("/")
+    found = package(run, "someone/tiny")
+    settings = found.files["training.yaml"].decode()
+    for text in (found.card, settings):
+        assert "clients" not in text
+        assert "secret" not in text
+    assert "- **Data**: acme; " in found.card
+    assert f"- **Begun with**: a model whose weights have sha256 {'1' * 64}" in found.card
+    assert ModelCard(found.card).data.base_model is None
+    write_begun_with(RunFolder(run), BegunWith("someone/base", "2" * 40, "1" * 64, []))
+    card = package(run, "someone/tiny").card
+    assert ModelCard(card).data.base_model == "someone/base"
+    assert f"- **Begun with**: someone/base at {'2' * 40}" in card
+
+
+def test_statistics_of_a_reference_do_not_tell_where_they_were_made(run, photos, tmp_path):
+    torch.manual_seed(0)
+    weights = models.squeezenet1_1(weights=None).features[:2].state_dict(prefix="features.")
+    save_file(weights, tmp_path / "features.safetensors")
+    network = {
+        "metrics": ("rfid",),
+        "features": FeaturesConfig(network="squeezenet1_1", layers=(1,)),
+        "feature_weights": str(tmp_path / "features.safetensors"),
+    }
+    evaluate(run, tmp_path / "first.json", save_stats=str(tmp_path / "secret" / "stats.npz"), **network)
+    results = evaluate(run, run / "eval.json", stats=str(tmp_path / "secret" / "stats.npz"), **network)
+    card = package(run, "someone/tiny").card
+    assert "- **compared with**: statistics of 3 images, sha256 " in card
+    assert str(tmp_path) not in card
+    assert "secret" not in card
+    assert ModelCard(card).data.eval_results[0].metric_value == results["frechet_distance"]
+
+
+def test_the_card_says_how_it_was_trained_and_measured(run, photos, tmp_path):
     results = evaluate(run, run / "eval.json")
     card = package(run, "someone/tiny", license="cc-by-nc-4.0").card
     data = ModelCard(card).data
@@ -103,8 +154,20 @@ def test_the_card_says_how_it_was_trained_and_measured(run, tmp_path):
     assert "Not finished" not in card
 
 
+def test_a_folder_is_known_from_within_and_through_a_link(run, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(run / "checkpoints" / "step_000000004")
+    assert "training.yaml" in package(tmp_path / "link", "someone/tiny").files
+    for folder in (run, run / "model", run / "checkpoints" / "step_000000004"):
+        monkeypatch.chdir(folder)
+        assert "training.yaml" in package(".", "someone/tiny").files
+    (tmp_path / "config.yaml").write_text("foo: 1")
+    shutil.copytree(run / "model", tmp_path / "model")
+    assert "training.yaml" not in package(tmp_path / "model", "someone/tiny").files
+
+
 def test_an_unfinished_run_says_so(run):
     shutil.rmtree(run / "checkpoints" / "step_000000004")
+    shutil.rmtree(run / "model")
     card = package(run, "someone/tiny").card
     assert "Not finished: 2 steps of its run were still to come." in card
     assert "step 2](grid.png)" in card
@@ -145,9 +208,7 @@ def test_a_card_that_is_there_stays_as_it_is(run):
     assert package(run / "model", "someone/tiny").card == "mine"
 
 
-def test_numbers_of_other_weights_are_refused_or_left_out(run, tmp_path):
-    (tmp_path / "photos").mkdir()
-    Image.effect_noise((20, 20), 50).convert("RGB").save(tmp_path / "photos" / "0.png")
+def test_numbers_of_other_weights_or_none_are_refused_or_left_out(run, photos, tmp_path):
     results = evaluate(run, run / "eval.json")
     (run / "eval.json").write_text(json.dumps({**results, "model_sha256": "0" * 64}))
     found = package(run, "someone/tiny")
@@ -155,18 +216,24 @@ def test_numbers_of_other_weights_are_refused_or_left_out(run, tmp_path):
     assert any("measured on other weights" in remark for remark in found.remarks)
     with pytest.raises(ValueError, match=r"eval\.json: measured on other weights .*; evaluate these with"):
         package(run, "someone/tiny", evaluations=[run / "eval.json"])
-    for text in ("{", "{}", "[]", json.dumps({**results, "protocol": {}})):
+    of_others = [{"protocol": {}}, {"psnr": None}, {"psnr": "20"}, {"images_per_s": []}, {"model_sha256": 1}]
+    texts = ["{", "{}", "[]", "[" * 200_000, *(json.dumps({**results, **change}) for change in of_others)]
+    texts.append(json.dumps({**results, "psnr": float("nan")}))
+    for text in texts:
         (run / "eval.json").write_text(text)
-        with pytest.raises(ValueError, match=r"eval\.json: not an evaluation of a model by `vqhit eval`"):
-            package(run, "someone/tiny")
-    with pytest.raises(ValueError, match=r"none\.json: cannot be read"):
+        with pytest.raises(ValueError, match=r"eval\.json: not an? "):
+            package(run, "someone/tiny", evaluations=[run / "eval.json"])
+        assert any("left out: " in remark for remark in package(run, "someone/tiny").remarks)
+    with pytest.raises(ValueError, match=r"none\.json: no such file"):
         package(run, "someone/tiny", evaluations=[run / "none.json"])
 
 
 def test_the_state_of_the_training_is_that_of_the_same_step(run):
     found = package(run, "someone/tiny", with_training_state=True)
     newest = run / "checkpoints" / "step_000000004"
-    listed = json.loads(found.files["training_state.json"])["files"]
+    state = json.loads(found.files["training_state.json"])
+    assert state["model_sha256"] == sha256(newest / "model.safetensors")
+    listed = state["files"]
     assert set(listed) == {
         "trained.safetensors",
         "discriminator.safetensors",
@@ -188,41 +255,90 @@ def test_what_cannot_be_published_is_named(run, tmp_path):
         package(run / "model", "someone/tiny", license="My Licence")
     damaged = run / "checkpoints" / "step_000000004" / "model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match="damaged"):  # the run is done, and its model is whole
+        assert package(run, "someone/tiny").files["model.safetensors"] == run / "model" / "model.safetensors"
+    shutil.rmtree(run / "model")
     with pytest.warns(UserWarning, match="damaged"):
         assert package(run, "someone/tiny").files["model.safetensors"].parent.name == "step_000000002"
     with pytest.raises(ValueError, match="damaged"):
         package(damaged.parent, "someone/tiny")
     shutil.rmtree(run / "checkpoints")
-    shutil.rmtree(run / "model")
     with pytest.raises(ValueError, match="a run without a checkpoint or a model"):
         package(run, "someone/tiny")
 
 
-def test_a_run_is_fine_tuned_from_what_was_pushed(run, tmp_path, monkeypatch):
-    """Pushed with its state by the command; a run in a fresh process begins with it, and one continued needs no Hub."""
-    import os
-    import subprocess
-    import sys
-
-    with served() as (_, address):
+@pytest.fixture
+def on_hub(run, tmp_path, tiny_model):
+    """The run's model, published with its training's state; yields the Hub and what commands run with."""
+    with served() as (hub, address):
+        hub.create("someone/tiny", files={"training.yaml": b"of an older push"})
+        files = {}
+        for name, content in package(run, "someone/tiny", with_training_state=True).files.items():
+            files[name] = content if isinstance(content, bytes) else content.read_bytes()
+        hub.commit("someone/tiny", "main", files)
         env = environment(address, tmp_path / "home")
-        command = [sys.executable, "-m", "vqhit"]
-        options = {"env": env, "capture_output": True, "text": True, "check": False, "timeout": 200}
-        pushed = subprocess.run([*command, "push", run, "someone/tiny", "--with-training-state"], **options)
-        assert pushed.returncode == 0, pushed.stderr
-        values = yaml.safe_load((run / "config.yaml").read_text())
-        values |= {"run_dir": str(tmp_path / "tuned"), "init_from": "someone/tiny@main", "eval": None}
-        values["train"] |= {"steps": 2, "checkpoint_every": 1}
-        (tmp_path / "tune.json").write_text(json.dumps(values))
-        result = subprocess.run([*command, "train", tmp_path / "tune.json"], **options)
+        yield hub, {"env": env, "capture_output": True, "text": True, "check": False, "timeout": 200, "cwd": tmp_path}
+
+
+COMMAND = [sys.executable, "-m", "vqhit"]
+
+
+def fine_tune(run, tmp_path, options, init_from="someone/tiny@main"):
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    values |= {"run_dir": str(tmp_path / "tuned"), "init_from": init_from, "eval": None}
+    values["train"] |= {"steps": 2, "checkpoint_every": 1}
+    (tmp_path / "tune.json").write_text(json.dumps(values))
+    return subprocess.run([*COMMAND, "train", tmp_path / "tune.json"], **options)
+
+
+def test_a_run_is_fine_tuned_from_what_was_pushed(run, tmp_path, on_hub, picture):
+    """In a fresh process; one that is continued needs no Hub, and a push of it names the commit that it began with."""
+    hub, options = on_hub
+    result = fine_tune(run, tmp_path, options)
     assert result.returncode == 0, result.stderr
     assert (
-        "begun with someone/tiny@main: the model, its discriminator, the optimizer of the model, the optimizer of the "
-        "discriminator" in result.stdout
+        "begun with someone/tiny@main: the model, the weights behind its average, its discriminator, the optimizer of "
+        "the model, the optimizer of the discriminator" in result.stdout
     )
     shutil.rmtree(tmp_path / "tuned" / "checkpoints" / "step_000000002")
-    shutil.rmtree(tmp_path / "home")
-    again = subprocess.run([*command, "train", tmp_path / "tune.json"], **options)
+    again = fine_tune(run, tmp_path, options | {"env": options["env"] | {"HF_HUB_OFFLINE": "1"}})
     assert again.returncode == 0, again.stderr
     assert "begun with" not in again.stdout
-    assert TOKEN not in result.stdout + os.linesep + result.stderr
+    commit = hub.repositories["someone/tiny"]["branches"]["main"]
+    card = package(tmp_path / "tuned", "someone/tuned", branch="new").card
+    assert f"- **Begun with**: someone/tiny at {commit}" in card
+    pushed = subprocess.run([*COMMAND, "push", "tuned", "someone/tuned", "--branch", "new"], **options)
+    assert pushed.returncode == 0, pushed.stderr
+    picture(90, 70).save(tmp_path / "photo.jpg")
+    (lines,) = re.findall(r"```python\n(.*?)```", hub.files("someone/tuned", "new")["README.md"].decode(), re.DOTALL)
+    used = subprocess.run([sys.executable, "-c", lines], **options)
+    assert used.returncode == 0, used.stderr
+    assert (tmp_path / "reconstruction.png").is_file()
+
+
+def test_state_that_is_of_another_model_or_not_what_it_says_is_refused(run, tmp_path, on_hub, tiny_model):
+    hub, options = on_hub
+    whole = hub.repositories["someone/tiny"]["branches"]["main"]
+    listed = json.loads(hub.files("someone/tiny")["training_state.json"])
+    tiny_model.save_pretrained(tmp_path / "other")
+    for name, changes, message in (
+        ("swapped", {"model.safetensors": (tmp_path / "other" / "model.safetensors").read_bytes()}, "of another model"),
+        ("leaving", {"training_state.json": json.dumps({**listed, "files": {"../x": "1"}})}, "names '../x'; allowed: "),
+        ("damaged", {"trained.safetensors": b"x"}, "trained.safetensors: damaged, its sha256 is not that in training"),
+        ("nested", {"training_state.json": "[" * 100_000}, "training_state.json: damaged"),
+    ):
+        data = {file: text if isinstance(text, bytes) else text.encode() for file, text in changes.items()}
+        hub.commit("someone/tiny", "main", data)
+        result = fine_tune(run, tmp_path, options)
+        assert result.returncode == 2, name
+        assert message in result.stderr.splitlines()[-1]
+        assert not (tmp_path / "tuned" / "checkpoints").exists()
+        hub.repositories["someone/tiny"]["branches"]["main"] = whole
+
+
+def test_a_model_pushed_from_python_replaces_another_ones_state_and_card(on_hub, tmp_path):
+    hub, options = on_hub
+    code = "from vqhit import VQHiT; VQHiT.from_pretrained('vqhit-tiny-64').push_to_hub('someone/tiny')"
+    result = subprocess.run([sys.executable, "-c", code], **options)
+    assert result.returncode == 0, result.stderr
+    assert set(hub.files("someone/tiny")) == {".gitattributes", "README.md", "config.json", "model.safetensors"}

@@ -1,12 +1,12 @@
 """The model card: README.md of a published model, with the metadata that the Hugging Face Hub reads from its head."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vqhit import __version__
-from vqhit.repository import split_id
 from vqhit.tables import METRICS, evaluation_rows
 
 CARD_FILE = "README.md"
@@ -86,10 +86,19 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def public_name(data: str) -> str:
-    """What to call a data set in public: its id on the Hub, or the last part of a path, which is nobody's business."""
-    on_hub = split_id(data) is not None and not Path(data).exists()
-    return data if on_hub else Path(data).name or "a folder"
+def public_name(path: str) -> str:
+    """What to call a file or folder in public: the last part of its path; the others are nobody's business."""
+    return Path(path).name or "a folder"
+
+
+def check_evaluation(kind: ModelKind, results: Mapping[str, Any]) -> None:
+    """Raise `ValueError` if results are not such as `vqhit eval` writes of a model."""
+    try:
+        _measured(results)
+        if not all(math.isfinite(found.metric_value) for found in _eval_results(kind, results)):
+            raise ValueError("a metric is no number")
+    except (KeyError, TypeError, AttributeError, ValueError, AssertionError) as error:
+        raise ValueError(f"not an evaluation of a model by `vqhit eval` ({type(error).__name__}: {error})") from None
 
 
 def _list(facts: Mapping[str, str]) -> str:
@@ -119,7 +128,12 @@ def _of_data(results: Mapping[str, Any]) -> str:
     if "data" not in reference:
         return f"statistics in {public_name(str(reference['statistics']))}"
     split = f", split {reference['split']}" if reference.get("split") else ""
-    return f"{public_name(str(reference['data']))}{split}"
+    return f"{_data_name(reference)}{split}"
+
+
+def _data_name(images: Mapping[str, Any]) -> str:
+    """A data set on the Hub by its id, any other by its last part alone."""
+    return str(images["data"]) if images.get("on_hub") is True else public_name(str(images["data"]))
 
 
 def _measured(results: Mapping[str, Any]) -> str:
@@ -132,8 +146,8 @@ def _measured(results: Mapping[str, Any]) -> str:
     how = {
         "images": "; ".join(str(reference[key]) for key in ("selection", "decoding", "crop") if key in reference),
         "pictures": str(protocol.get("pictures_are", "samples, clamped and rounded to uint8")),
-        "compared with": "" if protocol["reference"] == reference else _public(protocol["reference"]),
-        "network": _public(protocol.get("network", {})),
+        "compared with": "" if protocol["reference"] == reference else _compared_with(protocol["reference"]),
+        "network": ", ".join(f"{name} {value}" for name, value in protocol.get("network", {}).items()),
         **{name: str(protocol[name]) for name in METRICS if name in protocol},
         "remark": str(protocol.get("remark", "")),
         "computed in": f"{protocol['dtype']} on {protocol['device']}" if "dtype" in protocol else protocol["device"],
@@ -143,24 +157,24 @@ def _measured(results: Mapping[str, Any]) -> str:
     return f"{counted}{count}{_of_data(results)}:\n\n| metric | value |\n|---|---|\n{table}\n\n{lines}"
 
 
-def _public(facts: Mapping[str, Any]) -> str:
-    """Facts on one line; of a file, not where it lay."""
-    shown = {name: Path(str(value)).name if name in ("data", "statistics") else value for name, value in facts.items()}
-    return ", ".join(f"{name} {value}" for name, value in shown.items() if value is not None)
+def _compared_with(reference: Mapping[str, Any]) -> str:
+    """Another reference set than the images themselves."""
+    if "data" in reference:
+        return f"{reference.get('images')} images of {_data_name(reference)}"
+    made_of = reference.get("made_of_images") or "an unknown number of"
+    return f"statistics of {made_of} images, sha256 {reference.get('sha256')}"
 
 
 def _eval_results(kind: ModelKind, results: Mapping[str, Any]) -> list[Any]:
     from huggingface_hub import EvalResult
 
     reference = _reference(results)
-    name = _of_data(results)
-    on_hub = split_id(str(reference.get("data", ""))) is not None and name.startswith(str(reference.get("data")))
     images = results.get("samples", results.get("images"))
     return [
         EvalResult(
             task_type=kind.task,
-            dataset_type=str(reference["data"]) if on_hub else "custom",
-            dataset_name=name,
+            dataset_type=str(reference["data"]) if reference.get("on_hub") is True else "custom",
+            dataset_name=_of_data(results),
             dataset_split=reference.get("split"),
             metric_type=metric,
             metric_name=f"{METRICS[metric][0]}, {images:,} images",

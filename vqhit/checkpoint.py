@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vqhit.files import flush, sha256
+from vqhit.files import flush, read_json, sha256
 
 MANIFEST = "manifest.json"
 
@@ -75,7 +75,7 @@ def newest(root: Path) -> Path | None:
 def verify(path: Path) -> None:
     """Compare every file with the manifest; raises `CheckpointError` naming the first that differs."""
     try:
-        content = json.loads((path / MANIFEST).read_text())
+        content = read_json(path / MANIFEST)
         digest = content.pop("sha256")
         expected = [(path / name, entry["bytes"], entry["sha256"]) for name, entry in content["files"].items()]
     except FileNotFoundError:
@@ -91,6 +91,11 @@ def verify(path: Path) -> None:
             raise CheckpointError(f"{file}: damaged, {size} bytes where the manifest says {bytes_written}")
         if sha256(file) != expected_sha256:
             raise CheckpointError(f"{file}: damaged, its sha256 is not the manifest's")
+
+
+def step_of(path: Path) -> int:
+    """Return the step of a checkpoint that verifies."""
+    return int(json.loads((path / MANIFEST).read_text())["step"])
 
 
 def prune(root: Path, step: int, keep: int, keep_every: int = 0) -> None:

@@ -53,7 +53,10 @@ def main() -> None:
         if rank:  # what all processes raise, the first tells: torchrun ends this one then
             time.sleep(_OTHERS_FIRST_S)
         process = f"process {rank}: " if rank else ""
-        sys.stderr.write(f"vqhit: {process}{' '.join(str(error).split())}\n")
+        text = "".join(
+            letter if letter.isprintable() else repr(letter)[1:-1] for letter in " ".join(str(error).split())
+        )
+        sys.stderr.write(f"vqhit: {process}{text}\n")
         sys.exit(2)
 
 

@@ -136,12 +136,15 @@ class CodebookTraining:
         if self.average is not None:
             self.average = CodebookAverage(self.codebook, self.average.decay)
 
-    def load_means(self, state: dict[str, Tensor]) -> None:
-        """Take the running means of another run's `state_dict`, if there are any and they fit."""
+    def load_means(self, state: dict[str, Tensor]) -> bool:
+        """Take the running means of another run's `state_dict`, if both keep any; raises `ValueError` for others."""
         counts, sums = state.get("code_counts"), state.get("code_sums")
-        if self.average is None or counts is None or sums is None or sums.shape != self.average.sums.shape:
-            return
+        if self.average is None or counts is None or sums is None:
+            return False
+        if (counts.shape, sums.shape) != (self.average.counts.shape, self.average.sums.shape):
+            raise ValueError(f"running means of codes are {tuple(sums.shape)}; these are {tuple(self.codebook.shape)}")
         self.average.counts, self.average.sums = counts.to(self.codebook.device), sums.to(self.codebook.device)
+        return True
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a continued run needs, by name."""

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 
+Depth = Annotated[int, Strict(), Field(ge=0, le=256)]
+Layers = Annotated[int, Strict(), Field(ge=1, le=256)]
 Count = Annotated[int, Strict(), Field(ge=1, lt=2**31)]
 NonNegativeInt = Annotated[int, Strict(), Field(ge=0, lt=2**63)]
 Finite = Annotated[float, Strict(), Field(allow_inf_nan=False)]
@@ -174,7 +176,7 @@ def of_kind(value: Any, kinds: Mapping[str, type[Config]], default: str | None =
 
 def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
     """Keys of nested mappings whose values differ -> what each has: {"a.b": "a.b: 1 there, 2 now"}, in key order."""
-    before, after = _flat(there), _flat(now)
+    before, after = flat(there), flat(now)
     return {
         key: f"{key}: {_short(before.get(key))} there, {_short(after.get(key))} now"
         for key in sorted(before.keys() | after.keys())
@@ -182,11 +184,12 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, s
     }
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings -> one value per dotted key."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
 
 
 def _short(value: Any) -> str:

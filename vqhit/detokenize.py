@@ -1,5 +1,6 @@
 """Tokens back to images: the rows of a folder that `vqhit tokenize` wrote, decoded to PNG files."""
 
+import itertools
 import warnings
 from collections.abc import Iterator
 from io import BytesIO
@@ -43,9 +44,11 @@ def detokenize(
         raise ValueError(f"{target}: {'not empty' if target.is_dir() else 'a file'}; give a new or empty folder")
     tokens = TokenFolder(folder)
     manifest = _complete_manifest(tokens)
-    rows = sum(summary(path).rows for path in _shards(tokens, manifest))
-    if rows != manifest.get("rows"):
-        raise DataError(f"{tokens.path}: {rows} rows; {MANIFEST} says {manifest.get('rows')}")
+    shards = [summary(path) for path in _shards(tokens, manifest)]
+    if len({shard.made for shard in shards}) > 1:
+        raise DataError(f"{tokens.data}: files that were not made in one way; `vqhit tokenize` has written one of them")
+    if (rows := sum(shard.rows for shard in shards)) != manifest["rows"]:
+        raise DataError(f"{tokens.path}: {rows} rows; {MANIFEST} says {manifest['rows']}")
     count = rows if limit is None else min(limit, rows)
     for _ in _rows(tokens, manifest, count):  # all, before any is decoded
         pass
@@ -111,8 +114,13 @@ def _rows(tokens: TokenFolder, manifest: dict[str, Any], count: int) -> Iterator
     import pyarrow
 
     height, width = manifest["token_grid"]
+    last = (-1, 0)
     for path in _shards(tokens, manifest):
-        table = read_shard(path, ["tokens", "height", "width"]).slice(0, count)
+        table = read_shard(path, ["tokens", "height", "width", "index", "view"]).slice(0, count)
+        order = [last, *zip(table["index"].to_pylist(), table["view"].to_pylist(), strict=True)]
+        if any(before >= after for before, after in itertools.pairwise(order)):
+            raise DataError(f"{path}: its rows are not in the order of their images; tokenize again to mend the folder")
+        last = order[-1]
         for column, expected in (("height", height), ("width", width)):
             if len(others := set(table[column].unique().to_pylist()) - {expected}):
                 raise DataError(f"{path}: {column} {others.pop()}; {MANIFEST} says {expected}")

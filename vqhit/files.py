@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import http.client
+import json
 import os
 import platform
 import re
@@ -11,7 +12,7 @@ import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 _HASH_IN_NAME = re.compile(r"-(?=\d*[a-f])([0-9a-f]{8}|[0-9a-f]{64})\.\w+$")  # all digits: perhaps a date
 _TIMEOUT_S = 30.0  # without an answer
@@ -58,6 +59,23 @@ def _free(path: Path) -> Path:
     if path.exists() and not path.is_file():
         raise ValueError(f"{path}: no regular file; expected the name of a file to write")
     return path
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file; raises `ValueError` saying what is wrong with it, NaN and infinity included.
+
+    A file that is not there raises `FileNotFoundError`.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"holds {constant}, which is no JSON")
+
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"not a readable JSON file: {error}") from None
 
 
 def flush(path: Path) -> None:

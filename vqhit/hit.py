@@ -13,7 +13,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from vqhit.config import Config, Count, Flag, NonNegativeInt
+from vqhit.config import Config, Count, Depth, Flag
 from vqhit.layers import (
     MLP,
     Axis,
@@ -67,7 +67,7 @@ class HiTConfig(Config):
 
     kind: Literal["hit"] = "hit"
     widths: tuple[Count, ...]
-    depths: tuple[NonNegativeInt, ...]
+    depths: tuple[Depth, ...]
     heads: tuple[Count, ...]
     block_sizes: tuple[Count | None, ...]
     """None, for each stage, where `attention` does not work in blocks (axial, full)."""

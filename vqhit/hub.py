@@ -19,14 +19,29 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from vqhit import __version__
-from vqhit.card import CARD_FILE, ModelKind, model_card
+from vqhit.card import CARD_FILE, GRID_FILE, ModelKind, model_card
 from vqhit.config import Config, ConfigError
-from vqhit.files import write_atomic
+from vqhit.files import read_json, write_atomic
 from vqhit.repository import HubError, download, split_id, upload
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+RUN_CONFIG_FILE = "training.yaml"
+"""The settings of the run that trained a published model."""
+STATE_FILES = (
+    "trained.safetensors",
+    "discriminator.safetensors",
+    "model_optimizer.safetensors",
+    "discriminator_optimizer.safetensors",
+    "state.safetensors",
+)
+"""What a checkpoint has besides the model."""
+STATE_LIST_FILE = "training_state.json"
+"""Which of them are published with a model, their sha256 and the model's."""
+PUBLISHED = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, GRID_FILE, RUN_CONFIG_FILE, STATE_LIST_FILE, *STATE_FILES)
+"""All that is ever published: what an older push left of these, and a new one has not, is removed."""
+_FLOATING = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
 PACKAGED = Path(__file__).parent / "pretrained"
 """The models that come with the package, a folder each."""
 
@@ -82,8 +97,11 @@ class Pretrained(nn.Module):
         where = locate(path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
         directory = where.folder
         config = cls._read_config(directory / CONFIG_FILE)
-        with torch.device("meta"):
-            model = cls(config)
+        try:
+            with torch.device("meta"):
+                model = cls(config)
+        except RuntimeError as error:
+            raise ConfigError(f"no such model can be built ({error})", str(directory / CONFIG_FILE)) from None
         weights = read_tensors(directory / WEIGHTS_FILE, select_device(device))
         check_tensors(model.state_dict(), weights, directory / WEIGHTS_FILE)
         if dtype is None:
@@ -104,8 +122,9 @@ class Pretrained(nn.Module):
     ) -> str:
         """Put the model and a short card into a repository of the Hub, in one commit; returns the commit's address.
 
-        The repository, and `branch`, are made if they are not there. The card says what the model is; `vqhit push` of
-        a run also says how it was trained and what was measured. Raises `HubError` for what the Hub does not take.
+        The repository, and `branch`, are made if they are not there; what an older push left there of another model,
+        its card and its training's state, is replaced or removed. The card says what the model is; that of `vqhit push`
+        of a run also how it was trained and what was measured. Raises `HubError` for what the Hub does not take.
         """
         name = repository_id(repo_id)
         with tempfile.TemporaryDirectory() as folder:
@@ -113,7 +132,15 @@ class Pretrained(nn.Module):
             files: dict[str, Path | bytes] = {file: Path(folder) / file for file in (CONFIG_FILE, WEIGHTS_FILE)}
             card = model_card(self.model_kind, name, self.summary(), branch=branch, license=license)
             files[CARD_FILE] = card.encode()
-            return upload(name, files, branch=branch, private=private, token=token, message=commit_message)
+            return upload(
+                name,
+                files,
+                replaces=PUBLISHED,
+                branch=branch,
+                private=private,
+                token=token,
+                message=commit_message,
+            )
 
     def summary(self) -> dict[str, str]:
         """What the model is, for its card: a name and a value each."""
@@ -175,7 +202,7 @@ def locate(
             folder, commit = download(
                 name,
                 (CONFIG_FILE, WEIGHTS_FILE),
-                revision=revision or named,
+                revision=named if revision is None else revision,
                 token=token,
                 cache_dir=cache_dir,
                 local_files_only=local_files_only,
@@ -214,12 +241,12 @@ def saved_class(folder: Path) -> str | None:
 def _read_head(path: Path) -> dict[str, Any]:
     """A config.json with its `config` mapping."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except FileNotFoundError:
         there = path.parent / "model" / path.name
         raise ConfigError(f"no such file{f'; there is {there}' if there.exists() else ''}", str(path)) from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"not a readable JSON file: {error}", str(path)) from None
+    except ValueError as error:
+        raise ConfigError(str(error), str(path)) from None
     if not isinstance(values, dict) or not isinstance(values.get("config"), dict):
         raise ConfigError("not written by vqhit: it has no 'config' mapping", str(path))
     return values
@@ -247,7 +274,7 @@ def check_tensors(expected: dict[str, torch.Tensor], found: dict[str, torch.Tens
             raise ValueError(
                 f"{path}: tensor {name} is {tuple(found[name].shape)}; the configuration says {tuple(tensor.shape)}"
             )
-        if found[name].dtype.is_floating_point != tensor.dtype.is_floating_point:
+        if found[name].dtype not in (_FLOATING if tensor.dtype.is_floating_point else {tensor.dtype}):
             raise ValueError(f"{path}: tensor {name} is {found[name].dtype}; expected {tensor.dtype}")
         values = found[name].float() if found[name].itemsize == 1 else found[name]  # float8 has no isfinite
         if not values.isfinite().all():

@@ -17,10 +17,10 @@ class Labels(NamedTuple):
 
 
 def labels_of(source: ImageSource) -> Labels:
-    """Labels of a data set's integer column `label`, or of a folder whose images all lie in subfolders.
+    """Labels of a data set's integer column `label`, or its only one of class labels; of a folder, its subfolders.
 
-    There the first folder of an image's path is its class, numbered in the order of their names, as torchvision's
-    ImageFolder does. Any other source has none.
+    If all images lie in subfolders, the first folder of an image's path is its class, numbered in the order of their
+    names, as torchvision's ImageFolder does. Any other source has none.
     """
     if isinstance(source, DatasetSource) and source.labels is not None:
         return _column_labels(source.labels)

@@ -125,9 +125,9 @@ class RunConfig(Config):
     """`auto` is CUDA if there is a device, else the CPU."""
     init_from: Text | None = None
     """Begin with a trained model: an id on the Hub (owner/name, owner/name@revision), a run's folder, or a model's. Its
-    discriminator, optimizers and running means are taken too where they are there (`vqhit push --with-training-state`);
-    steps and learning rate begin anew. With `ema.start_step: 0` its average goes on. A run that is continued does not
-    look at it again."""
+    discriminator, optimizers, running means and, if this run keeps an average, the weights behind its own are taken too
+    where they are there (`vqhit push --with-training-state`); steps and learning rate begin anew. With
+    `ema.start_step: 0` its average goes on. A run that is continued does not look at it again."""
     model: VQHiTConfig | HiTGeneratorConfig | ConvNetGeneratorConfig
     """A tokenizer (`kind: vqhit`, the default), or a generator, which is trained as a GAN (`hit_generator`,
     `convnet_generator`)."""

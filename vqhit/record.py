@@ -37,6 +37,7 @@ def describe_images(images: ImageSet, data: Any, split: str | None, count: int) 
     crop = CROP if images.proportion == 1 else f"middle square of {images.proportion} of the short side, bicubic"
     return {
         "data": str(data),
+        "on_hub": not Path(data).exists(),
         "split": split,
         "images": count,
         "selection": "all" if chosen == there else f"{chosen} of {there}, evenly spaced in the list",

@@ -9,7 +9,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_NAME = r"[A-Za-z0-9]([A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
+_REPOSITORY = re.compile(f"{_NAME}/{_NAME}")
+_REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TIMEOUT_S = 10.0
 """Without an answer about a file."""
@@ -19,12 +21,31 @@ class HubError(ValueError):
     """Something that the Hub does not give, or does not take; the message says what and why."""
 
 
+def checked_revision(revision: str) -> str:
+    """A branch, tag or commit as it is; raises `HubError` for what cannot be one."""
+    if not _REVISION.fullmatch(revision) or ".." in revision:
+        raise HubError(f"revision {revision!r}: allowed: a branch, a tag or a commit, of letters, digits, - _ . and /")
+    return revision
+
+
+def _checked_token(token: str | bool | None) -> str | bool | None:
+    """A token without the line's end that its file may have had; raises `HubError`, which does not tell it."""
+    if not isinstance(token, str):
+        return token
+    if not (stripped := token.strip()) or not stripped.isascii() or not stripped.isprintable():
+        raise HubError("token: holds something else than a token's letters and digits")
+    return stripped
+
+
 def split_id(text: str) -> tuple[str, str | None] | None:
-    """`owner/name` or `owner/name@revision` (branch, tag, commit) -> id and revision; None for anything else."""
+    """`owner/name` or `owner/name@revision` (branch, tag, commit) -> id and revision; None for anything else.
+
+    Raises `HubError` for a revision that cannot be one.
+    """
     name, at, revision = text.partition("@")
-    if not _REPOSITORY.fullmatch(name) or ".." in name or "--" in name or (at and not revision):
+    if not _REPOSITORY.fullmatch(name) or ".." in name or "--" in name or name.endswith(".git"):
         return None
-    return name, revision or None
+    return name, checked_revision(revision) if at else None
 
 
 def download(
@@ -38,19 +59,17 @@ def download(
 ) -> tuple[Path, str]:
     """Fetch files of one commit into the Hub's cache, or find them there; returns their folder and the commit.
 
-    What the first file's answer says is the commit of them all. A download that was cut off is continued by the next
-    one, and a file has its name once it is whole. Raises `HubError`.
+    What the first file's answer says is the commit of them all. After a connection was cut the rest is asked for, some
+    times; a file has its name once it is whole. Raises `HubError`.
     """
     found: list[Path] = []
-    commit = revision
+    commit = None if revision is None else checked_revision(revision)
     for name in names:
         path = _fetch(repo_id, name, commit, token, cache_dir, local_files_only)
         if not found:
             commit = path.parent.name
             if not _COMMIT.fullmatch(commit):
                 raise HubError(f"{repo_id}: the server's name of its commit is {commit[:60]!r}; no file of it is used")
-        if not path.resolve().is_relative_to(path.parents[2].resolve()):  # its content lies where the server said
-            raise HubError(f"{repo_id}/{name}: lies outside the cache, at {path.resolve()}; it is not used")
         found.append(path)
     folder = found[0].parent
     assert commit is not None
@@ -88,6 +107,7 @@ def _fetch(
 
     from vqhit import __version__
 
+    token = _checked_token(token)
     with _told(repo_id, name, revision):
         path = huggingface_hub.hf_hub_download(
             repo_id,
@@ -100,7 +120,12 @@ def _fetch(
             library_name="vqhit",
             library_version=__version__,
         )
-    return Path(path)
+    found = Path(path)
+    if not found.resolve().is_relative_to(found.parents[2].resolve()):  # its content lies where the server said
+        raise HubError(
+            f"{repo_id}/{name}: lies outside the cache, at {found.resolve()}, where the server put it; it is not used"
+        )
+    return found
 
 
 def upload(
@@ -116,21 +141,29 @@ def upload(
     """Put files into a repository in one commit and return its address; both are made if they are not there.
 
     Those of `replaces` that are in the repository and not among `files` are removed in the same commit. Raises
-    `HubError`; before anything is sent, if a repository that is to be private is public.
+    `HubError`: before anything is sent, if a repository that is to be private is public; without a commit, if somebody
+    else has made one meanwhile.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    api = HfApi(token=token, library_name="vqhit")
+    if branch is not None:
+        checked_revision(branch)
+    if not message.strip():
+        raise HubError("message: found an empty one; a commit needs some text")
+    api = HfApi(token=_checked_token(token), library_name="vqhit")
     with _told(repo_id, None, branch):
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         if private and not api.repo_info(repo_id).private:
             raise HubError(f"{repo_id}: is there already, and public; make it private on the Hub, or name another one")
         if branch is not None:
             api.create_branch(repo_id, branch=branch, exist_ok=True)
-        there = set(api.list_repo_files(repo_id, revision=branch))
+        before = api.repo_info(repo_id, revision=branch)
+        there = set(api.list_repo_files(repo_id, revision=before.sha))
         operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
         old = [CommitOperationDelete(path_in_repo=name) for name in replaces if name in there and name not in files]
-        commit = api.create_commit(repo_id, [*operations, *old], commit_message=message, revision=branch)
+        commit = api.create_commit(
+            repo_id, [*operations, *old], commit_message=message, revision=branch, parent_commit=before.sha
+        )
     return str(commit.commit_url)
 
 
@@ -165,7 +198,8 @@ def _told(repo_id: str, name: str | None, revision: str | None) -> Iterator[None
     except errors.HfHubHTTPError as error:
         raise HubError(f"{what}{_cause(error)}") from error
     except Exception as error:  # the transport's library raises its own, and OSError is the disk's
-        raise HubError(f"{what}{_line(error)}; the same command tries again") from error
+        again = "" if isinstance(error, ValueError) else "; the same command tries again"
+        raise HubError(f"{what}{type(error).__name__}: {_line(error)}{again}") from error
     finally:
         logging.set_verbosity(before)
 
@@ -177,6 +211,8 @@ def _cause(error: BaseException) -> str:
         if response is not None and response.status_code in (401, 403):
             what = f"refused, HTTP {response.status_code}"
             return f"{what}: the token is not valid or may not do this; `hf auth login` again"
+        if response is not None and response.status_code in (409, 412):
+            return f"HTTP {response.status_code}: somebody else has changed it meanwhile; the same command tries again"
         if response is not None:
             return f"the Hub answers HTTP {response.status_code}"
         if (cause := error.__cause__ or error.__context__) is None:

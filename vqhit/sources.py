@@ -54,13 +54,15 @@ class ImageSource(Protocol):
 class DatasetSource:
     """Rows of a `datasets.Dataset` with a column of encoded images.
 
-    `labels` is the data set's column `label` alone, None if it has none.
+    `labels` is the data set's column `label` alone, or its only column of class labels, named so; None if it has none.
     """
 
     def __init__(self, dataset: Any, config: SourceConfig) -> None:
         self.column = _image_column(dataset.features, config)
         self.path, self.rows = config.path, _encoded(dataset, self.column)
-        self.labels = dataset.select_columns([_LABEL]) if _LABEL in dataset.features else None
+        self.labels = _labels(dataset)
+        self.fingerprint = str(dataset._fingerprint)
+        """Changes with the rows."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -222,6 +224,16 @@ def _image_column(features: Any, config: SourceConfig) -> str:
     if not found:
         raise DataError(f"{config.path}: no column of images; image_column names one of: {', '.join(features)}")
     return found[0]
+
+
+def _labels(dataset: Any) -> Any:
+    """A column of labels alone, named `label`."""
+    import datasets
+
+    classes = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
+    if _LABEL in dataset.features:
+        return dataset.select_columns([_LABEL])
+    return dataset.select_columns(classes).rename_column(classes[0], _LABEL) if len(classes) == 1 else None
 
 
 def _encoded(dataset: Any, column: str) -> Any:

@@ -22,17 +22,6 @@ from vqhit.optimizer import Optimizer
 from vqhit.quantizer import Quantizer
 from vqhit.recipe import RunConfig
 
-STATE_FILES = (
-    "trained.safetensors",
-    "discriminator.safetensors",
-    "model_optimizer.safetensors",
-    "discriminator_optimizer.safetensors",
-    "state.safetensors",
-)
-"""Of a checkpoint, besides the model."""
-STATE_FILE = "training_state.json"
-"""Where those of them that are published are listed."""
-
 
 class TrainingState:
     """The state of a run at its first step, drawn from the run's seed; the same in every process."""

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vqhit.config import differences
-from vqhit.files import InUseError, lock, write_atomic
+from vqhit.config import differences, flat
+from vqhit.files import InUseError, lock, read_json, write_atomic
 from vqhit.folder import DataError
 from vqhit.progress import say
 from vqhit.token_shards import DamagedShardError, Partition, ShardFormat, Skip, shard_name, summary
@@ -22,7 +22,10 @@ SKIPPED = "skipped.jsonl"
 _CARD = "README.md"
 _LOCK = ".lock"
 _NEEDED = {"complete": bool, "model": dict, "codebook_size": int, "token_grid": list, "source": dict, "shards": int}
-_NOT_COMPARED = ("complete", "images", "rows", "skipped")
+_COUNTS = ("images", "rows", "skipped")
+"""Of a complete folder."""
+_NOT_COMPARED = ("complete", *_COUNTS, "model.id", "model.revision", "source.path", "source.revision")
+"""What may be another when a folder is gone on with: counts, and names of what is known by its content."""
 
 
 class TokenFolder:
@@ -36,17 +39,20 @@ class TokenFolder:
         """What manifest.json says, None if there is none; raises `DataError` for one that cannot be read."""
         path = self.path / MANIFEST
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: not a readable JSON file ({error})") from None
+        except ValueError as error:
+            raise DataError(f"{path}: {error}") from None
         version = found.get("format_version") if isinstance(found, dict) else None
         if version != FORMAT_VERSION:
             raise DataError(f"{path}: format_version: found {version!r}; this vqhit reads {FORMAT_VERSION}")
-        for key, kind in _NEEDED.items():
+        counts = dict.fromkeys(_COUNTS, int) if found.get("complete") is True else {}
+        for key, kind in {**_NEEDED, **counts}.items():
             if type(found.get(key)) is not kind:
                 raise DataError(f"{path}: {key}: found {found.get(key)!r}; expected {kind.__name__}")
+        if found["shards"] < 1:
+            raise DataError(f"{path}: shards: found {found['shards']}; expected 1 or more")
         grid = found["token_grid"]
         if len(grid) != 2 or not all(type(side) is int and side > 0 for side in grid):
             raise DataError(f"{path}: token_grid: found {grid}; expected height and width")
@@ -65,24 +71,27 @@ class TokenFolder:
             and all(self.shard(number, manifest["shards"]).is_file() for number in range(manifest["shards"]))
         )
 
-    def claim(self, made: dict[str, Any]) -> bool:
+    def claim(
+        self, made: dict[str, Any], shard_format: ShardFormat, partition: Partition
+    ) -> tuple[list[int], list[Skip]] | None:
         """Make the folder, or take up one that was `made` in the same way, for this process alone.
 
-        False if it is complete; it stays as it is then. Otherwise what a killed process left half-written is removed.
+        Returns the shards that are still to be written and what the others have skipped; None if the folder is complete
+        and all of them are whole: it stays as it is then. Otherwise what a killed process left half-written is removed.
         Raises `DataError` for a folder that is in use, holds anything else, or was made otherwise, naming what differs.
         """
         self._compare(made)
-        if self.is_complete():
-            return False
+        if self.is_complete() and self._is_whole(shard_format, partition):
+            return None
         self.data.mkdir(parents=True, exist_ok=True)
         try:
             self._lock = lock(self.path / _LOCK)
         except InUseError as holder:
             raise DataError(f"{self.path}: {holder} is writing it now") from None
         self._compare(made)  # another may have done all of it meanwhile
-        if self.is_complete():
+        if self.is_complete() and self._is_whole(shard_format, partition):
             self._release()
-            return False
+            return None
         for name in (MANIFEST, _CARD, SKIPPED):
             _remove_temporary(self.path, name)
         _remove_temporary(self.data, "train-")
@@ -91,6 +100,14 @@ class TokenFolder:
             raise DataError(f"{self.data / others[0]}: no shard of these tokens; move it away")
         self._write(MANIFEST, _text(made | {"complete": False}))
         self._write(_CARD, _card(made))
+        return self._missing(shard_format, partition)
+
+    def _is_whole(self, shard_format: ShardFormat, partition: Partition) -> bool:
+        try:
+            for number in range(len(partition)):
+                shard_format.check(self.shard(number, len(partition)), partition.images(number))
+        except DamagedShardError:
+            return False
         return True
 
     def _compare(self, made: dict[str, Any]) -> None:
@@ -103,13 +120,13 @@ class TokenFolder:
             if others := [path.name for path in self.path.iterdir() if not _is_of_a_start(path)]:
                 raise DataError(f"{self.path}: holds other files ({min(others)}); give a new or empty folder")
             return
-        before, now = ({key: each[key] for key in each if key not in _NOT_COMPARED} for each in (there, made))
-        if changed := differences(before, now):
+        changed = {key: text for key, text in differences(there, made).items() if key not in _NOT_COMPARED}
+        if changed:
             raise DataError(
                 f"{self.path}: holds other tokens ({', '.join(list(changed.values())[:3])}); give a new folder"
             )
 
-    def missing(self, shard_format: ShardFormat, partition: Partition) -> tuple[list[int], list[Skip]]:
+    def _missing(self, shard_format: ShardFormat, partition: Partition) -> tuple[list[int], list[Skip]]:
         """Shards still to be written, and what the others have skipped.
 
         A damaged one is removed, to be written again; raises `DataError` for one that was made in another way.
@@ -137,6 +154,8 @@ class TokenFolder:
         if skipped:
             records = [{"index": skip.image, "problem": skip.problem} for skip in skipped]
             self._write(SKIPPED, "".join(json.dumps(record) + "\n" for record in records))
+        else:
+            (self.path / SKIPPED).unlink(missing_ok=True)  # of images that can be read now
         counts = {"images": rows // views, "rows": rows, "skipped": len(skipped)}
         manifest = made | {"complete": True} | counts
         self._write(MANIFEST, _text(manifest))
@@ -153,7 +172,7 @@ class TokenFolder:
 
 def digest(made: dict[str, Any]) -> str:
     """A hash of how tokens were made, by which a shard is known."""
-    compared = {key: made[key] for key in made if key not in _NOT_COMPARED}
+    compared = {key: value for key, value in flat(made).items() if key not in _NOT_COMPARED}
     return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()
 
 
@@ -184,7 +203,7 @@ def _card(made: dict[str, Any]) -> str:
     height, width = made["token_grid"]
     model, source = made["model"], made["source"]
     count = min(source["images"], source["limit"] or source["images"])
-    revision = f" (revision {model['revision']})" if model["revision"] else ""
+    tokenizer = f"{model['id']}@{model['revision']}" if model["revision"] else Path(model["id"]).name
     return f"""---
 tags:
 - image-tokens
@@ -193,7 +212,7 @@ tags:
 # Image tokens
 
 Images as grids of {height}x{width} integers below {made["codebook_size"]}, made by `vqhit tokenize` with the tokenizer
-`{model["id"]}`{revision} from {count} images of {made["image_size"]} px. `manifest.json` says exactly how.
+`{tokenizer}` from {count} images of {made["image_size"]} px. `manifest.json` says exactly how.
 
 ```python
 import datasets
@@ -202,7 +221,7 @@ from vqhit import VQHiT
 
 row = datasets.load_dataset("THIS_FOLDER", split="train")[0]
 tokens = torch.tensor(row["tokens"]).view(1, row["height"], row["width"])
-images = VQHiT.from_pretrained({model["id"]!r}).decode(tokens)  # (1, 3, {made["image_size"]}, {made["image_size"]})
+images = VQHiT.from_pretrained({tokenizer!r}).decode(tokens)  # (1, 3, {made["image_size"]}, {made["image_size"]})
 ```
 
 | column | |

@@ -107,7 +107,9 @@ class ShardFormat:
         schema = schema.with_metadata({**schema.metadata, _METADATA: json.dumps(about).encode()})
         file = BytesIO()
         table = pyarrow.Table.from_arrays(columns, schema=schema)
-        parquet.write_table(table, file, compression="zstd", write_page_checksum=True)
+        with parquet.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer:
+            if len(table):  # `datasets` cannot read a row group of no rows
+                writer.write_table(table)
         return file.getvalue()
 
     def check(self, path: Path, images: Sequence[int]) -> list[Skip]:
@@ -116,10 +118,9 @@ class ShardFormat:
         Raises `DataError` for a file that was made in another way.
         """
         table = read_shard(path, ["index", "view"])
-        about = _about(table.schema)
-        if about is None or about.get("made") != self.made:
+        made, skipped = _about(table.schema, path)
+        if made != self.made:
             raise DataError(f"{path}: no shard of these tokens; move it away")
-        skipped = [Skip(*each) for each in about["skipped"]]
         left_out = {skip.image for skip in skipped}
         rows = [(index, view) for index in images if index not in left_out for view in range(self.views)]
         if rows != list(zip(table["index"].to_pylist(), table["view"].to_pylist(), strict=True)):
@@ -155,6 +156,7 @@ class ShardSummary(NamedTuple):
     """What the end of a shard's file tells of it."""
 
     rows: int
+    made: str
     skipped: list[Skip]
 
 
@@ -165,14 +167,15 @@ def summary(path: Path) -> ShardSummary:
 
     try:
         file = parquet.ParquetFile(path)
-        about = _about(file.schema_arrow)
     except (OSError, pyarrow.ArrowException) as error:
         raise DamagedShardError(f"{path}: damaged ({one_line(error)})") from None
-    if about is None:
-        raise DataError(f"{path}: not written by vqhit")
-    return ShardSummary(file.metadata.num_rows, [Skip(*each) for each in about["skipped"]])
+    return ShardSummary(file.metadata.num_rows, *_about(file.schema_arrow, path))
 
 
-def _about(schema: Any) -> dict[str, Any] | None:
-    text = (schema.metadata or {}).get(_METADATA)
-    return None if text is None else json.loads(text)
+def _about(schema: Any, path: Path) -> tuple[str, list[Skip]]:
+    """How a shard was made, and what it left out; raises `DataError` for a file that does not say."""
+    try:
+        about = json.loads((schema.metadata or {})[_METADATA])
+        return str(about["made"]), [Skip(int(image), str(problem)) for image, problem in about["skipped"]]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise DataError(f"{path}: not written by vqhit tokenize") from None

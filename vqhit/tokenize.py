@@ -21,10 +21,10 @@ from vqhit.hub import WEIGHTS_FILE, locate
 from vqhit.images import from_uint8
 from vqhit.labels import Labels, labels_of, readable
 from vqhit.layers import in_eval_mode
-from vqhit.measure import copied_ahead
+from vqhit.measure import copied_ahead, exact_float32
 from vqhit.models import VQHiT
 from vqhit.progress import ProgressBar, say
-from vqhit.sources import ImageSource, SourceConfig, evenly_spaced, is_image_folder, open_source
+from vqhit.sources import DatasetSource, ImageSource, SourceConfig, evenly_spaced, is_image_folder, open_source
 from vqhit.token_folder import FORMAT_VERSION, TokenFolder, digest
 from vqhit.token_shards import Partition, ShardFormat, ShardRows, Skip
 from vqhit.views import DESCRIPTIONS, VIEW_COUNTS, ImageViews, Views, crop_size
@@ -94,7 +94,7 @@ def tokenize(
     )
 
     def claim() -> tuple[list[int], list[Skip]] | None:
-        return folder.missing(shard_format, partition) if folder.claim(made) else None
+        return folder.claim(made, shard_format, partition)
 
     if (found := distributed.on_first(claim)) is None:
         return folder.manifest() or {}
@@ -142,6 +142,7 @@ def _describe(
             "views": DESCRIPTIONS[config.views],
         },
         "precision": config.precision,
+        "device": model.quant_conv.weight.device.type,
         "source": {
             "path": config.path,
             "split": None if is_folder else config.split or _SPLIT,
@@ -150,6 +151,7 @@ def _describe(
             "images": len(source),
             "limit": config.limit,
             "sha256": source.names_sha256 if isinstance(source, FolderSource) else None,
+            "fingerprint": source.fingerprint if isinstance(source, DatasetSource) else None,
         },
         "images_per_shard": config.images_per_shard,
         "shards": shards,
@@ -186,7 +188,7 @@ class _Writer:
         order = (part for shard in mine for part in self._parts(shard))
         loader = load_batches(dataset, order, self.config.workers)
         bar = ProgressBar("tokenize", total, images=True, hidden=not distributed.is_first())
-        with StopSignal() as signal, closing(loader), bar, in_eval_mode(self.model):
+        with StopSignal() as signal, closing(loader), bar, in_eval_mode(self.model), exact_float32():
             batches = copied_ahead(loader, self.weight.device)
             for shard in mine:
                 rows = self._rows(shard, batches, signal, bar)

@@ -22,7 +22,7 @@ from vqhit.augment import Draws, draw
 from vqhit.config import ConfigError
 from vqhit.distributed import SharedError, StopSignal
 from vqhit.feed import Feed
-from vqhit.finetune import begin_with
+from vqhit.finetune import BegunWith, begin_with, write_begun_with
 from vqhit.folder import DataError
 from vqhit.generator import Generator, Purpose, draw_noise
 from vqhit.hub import select_device
@@ -57,16 +57,18 @@ class Trainer:
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.train.allow_tf32
         perceptual = self._perceptual()
         self.state = TrainingState(config, self.device)
+        begun_with: BegunWith | None = None
         if config.init_from is not None and not distributed.on_first(self.folder.exists):
-            taken = begin_with(self.state, config)
-            if distributed.is_first():
-                say(f"begun with {config.init_from}: {', '.join(taken)}")
+            begun_with = begin_with(self.state, config)
         self.objective = self._objective(perceptual)
         self.stopped_by: Signals | None = None
         """The signal that ended `run`, if one did."""
         self.report = Report(config, self.folder, self.feed, self.state, self.micro_batch_size)
         self._settled_at = -1
         self._claim()
+        if begun_with is not None and distributed.is_first():
+            write_begun_with(self.folder, begun_with)
+            say(f"begun with {config.init_from}: {', '.join(['the model', *begun_with.taken])}")
 
     def _perceptual(self) -> torch.nn.Module | None:
         loss = self.config.loss

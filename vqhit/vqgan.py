@@ -15,7 +15,7 @@ from pydantic import model_validator
 from taming.modules.diffusionmodules import model as taming
 from torch import Tensor, nn
 
-from vqhit.config import Config, ConfigError, Count
+from vqhit.config import Config, ConfigError, Count, Layers
 
 _GROUPS = 32
 _MAX_RESOLUTION = 4096  # as HiT's
@@ -27,7 +27,7 @@ class _Convolutions(Config):
     channels: Count = 128
     channel_multipliers: tuple[Count, ...] = (1, 1, 2, 2, 4)
     """Of each level, from the image's resolution downwards; each level has half the height and width of the last."""
-    num_res_blocks: Count = 2
+    num_res_blocks: Layers = 2
     attention_resolutions: tuple[Count, ...] = (16,)
     z_channels: Count = 256
 
