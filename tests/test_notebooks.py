@@ -72,9 +72,10 @@ def test_the_first_notebook_runs_and_gives_what_is_stored_in_it(execute):
     stored = read(NAMES[0])
     done = execute(read(NAMES[0]))
     assert pictures(done) == pictures(stored) == [1] * 4
-    encoded = "tokens (2, 16, 16) torch.int64 from 0 to 1023"
-    assert encoded in text(done)
-    assert encoded in text(stored)
+    assert "tokens (2, 16, 16) torch.int64 from 0 to 1023" in text(done)
+    # Of how far a change reaches, which its words tell; another processor may round a token differently.
+    reach, told = (re.findall(r"(\d+)% of the whole change", text(each)) for each in (done, stored))
+    assert [int(share) for share in reach] == pytest.approx([int(share) for share in told], abs=3)
 
 
 def test_the_second_notebook_runs_and_its_model_learns(execute):
