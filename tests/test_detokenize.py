@@ -177,7 +177,11 @@ DAMAGES = {
     "no shards": (lambda folder: edit(folder, shards=0, rows=0), "shards: found 0; expected 1 or more"),
     "no count of images": (lambda folder: edit(folder, images=None), "images: found None; expected int"),
     "swapped shards": (swap, "its rows are not in the order of their images; tokenize again"),
-    "a shard of other tokens": (of_others, "files that were not made in one way"),
+    "a shard of other tokens": (of_others, "00001-of-00002.parquet: no shard of these tokens"),
+    "rows without numbers": (
+        lambda folder: rewrite(folder, "index", lambda column: pyarrow.nulls(len(column), column.type)),
+        "index: found int64 or nulls; expected integers",
+    ),
     "a shard whose metadata are strange": (strange, "parquet: not written by vqhit tokenize"),
     "a manifest like a well": (
         lambda folder: (folder / "manifest.json").write_text("[" * 200_000),

@@ -244,7 +244,7 @@ def test_the_state_of_the_training_is_that_of_the_same_step(run):
     for name, expected in listed.items():
         assert found.files[name] == newest / name
         assert sha256(newest / name) == expected
-    with pytest.raises(ValueError, match="no checkpoint of its training is there"):
+    with pytest.raises(ValueError, match="no whole checkpoint of this step"):
         package(run / "model", "someone/tiny", with_training_state=True)
 
 

@@ -228,6 +228,24 @@ def test_a_connection_that_is_cut_is_resumed_or_fails_with_no_half_file_in_use(p
     assert load(env, "someone/tiny") == [codes(tiny_model)]
 
 
+def test_a_push_beside_somebody_elses_is_refused_as_a_whole(published, tmp_path):
+    hub, address, _ = published
+    answered = hub.answer
+
+    def answer(method, path, *rest):
+        if "/preupload/" in path:
+            hub.commit("someone/tiny", "main", {"README.md": b"theirs"})
+        return answered(method, path, *rest)
+
+    hub.answer = answer
+    result = push(environment(address, tmp_path / "home"), tmp_path / "model", "someone/tiny")
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1] == (
+        "vqhit: someone/tiny: HTTP 412: somebody else has changed it meanwhile; the same command tries again"
+    )
+    assert hub.files("someone/tiny")["README.md"] == b"theirs"
+
+
 def test_each_refusal_is_one_line_that_says_what_to_do(published, tiny_model, tmp_path):
     hub, address, _ = published
     hub.create("someone/hidden", private=True, files=hub.files("someone/tiny"))

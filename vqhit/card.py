@@ -97,7 +97,7 @@ def check_evaluation(kind: ModelKind, results: Mapping[str, Any]) -> None:
         _measured(results)
         if not all(math.isfinite(found.metric_value) for found in _eval_results(kind, results)):
             raise ValueError("a metric is no number")
-    except (KeyError, TypeError, AttributeError, ValueError, AssertionError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, AssertionError) as error:
         raise ValueError(f"not an evaluation of a model by `vqhit eval` ({type(error).__name__}: {error})") from None
 
 

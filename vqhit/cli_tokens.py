@@ -40,7 +40,6 @@ def tokenize(
 
     from vqhit import distributed
     from vqhit.progress import say
-    from vqhit.token_folder import TokenFolder
     from vqhit.tokenize import TokenizeConfig, load_identified
     from vqhit.tokenize import tokenize as write_tokens
 
@@ -61,7 +60,6 @@ def tokenize(
     )
     device = distributed.start(device, timeout_minutes=_LONGEST_SHARE_MINUTES)
     show = say if distributed.is_first() else lambda _: None
-    was_complete = distributed.on_first(TokenFolder(out).is_complete)
     tokenizer, identity = load_identified(model, device=device)
     result = write_tokens(tokenizer, config, out, identity=identity)
     if isinstance(result, Signals):
@@ -71,7 +69,7 @@ def tokenize(
     height, width = result["token_grid"]
     left_out = f"; {result['skipped']} left out, listed in skipped.jsonl" if result["skipped"] else ""
     rows = f"{result['rows']} rows of {height}x{width} tokens from {result['images']} images{left_out}"
-    show(f"{out}: {'complete already, ' if was_complete else ''}{rows}")
+    show(f"{out}: {rows}")
 
 
 def detokenize(

@@ -15,7 +15,7 @@ from vqhit.folder import DataError
 from vqhit.images import to_uint8, uint8_to_pil
 from vqhit.models import VQHiT
 from vqhit.progress import ProgressBar
-from vqhit.token_folder import MANIFEST, TokenFolder
+from vqhit.token_folder import MANIFEST, TokenFolder, digest
 from vqhit.token_shards import read_shard, summary
 from vqhit.tokenize import load_identified
 
@@ -45,8 +45,9 @@ def detokenize(
     tokens = TokenFolder(folder)
     manifest = _complete_manifest(tokens)
     shards = [summary(path) for path in _shards(tokens, manifest)]
-    if len({shard.made for shard in shards}) > 1:
-        raise DataError(f"{tokens.data}: files that were not made in one way; `vqhit tokenize` has written one of them")
+    for path, shard in zip(_shards(tokens, manifest), shards, strict=True):
+        if shard.made != digest(manifest):
+            raise DataError(f"{path}: no shard of these tokens; move it away and tokenize again")
     if (rows := sum(shard.rows for shard in shards)) != manifest["rows"]:
         raise DataError(f"{tokens.path}: {rows} rows; {MANIFEST} says {manifest['rows']}")
     count = rows if limit is None else min(limit, rows)
@@ -117,6 +118,9 @@ def _rows(tokens: TokenFolder, manifest: dict[str, Any], count: int) -> Iterator
     last = (-1, 0)
     for path in _shards(tokens, manifest):
         table = read_shard(path, ["tokens", "height", "width", "index", "view"]).slice(0, count)
+        for column in ("index", "view"):
+            if not pyarrow.types.is_integer(table[column].type) or table[column].null_count:
+                raise DataError(f"{path}: {column}: found {table[column].type} or nulls; expected integers")
         order = [last, *zip(table["index"].to_pylist(), table["view"].to_pylist(), strict=True)]
         if any(before >= after for before, after in itertools.pairwise(order)):
             raise DataError(f"{path}: its rows are not in the order of their images; tokenize again to mend the folder")

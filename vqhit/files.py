@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import http.client
 import json
+import math
 import os
 import platform
 import re
@@ -64,15 +65,17 @@ def _free(path: Path) -> Path:
 def read_json(path: Path) -> Any:
     """Content of a JSON file; raises `ValueError` saying what is wrong with it, NaN and infinity included.
 
-    A file that is not there raises `FileNotFoundError`.
+    A file that is not there raises `FileNotFoundError` or `NotADirectoryError`.
     """
 
-    def refuse(constant: str) -> None:
-        raise ValueError(f"holds {constant}, which is no JSON")
+    def finite(number: str) -> float:
+        if not math.isfinite(value := float(number)):
+            raise ValueError(f"holds {number[:20]}, which is no finite number")
+        return value
 
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    except FileNotFoundError:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=finite, parse_float=finite)
+    except (FileNotFoundError, NotADirectoryError):
         raise
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"not a readable JSON file: {error}") from None

@@ -26,7 +26,6 @@ from vqhit.runs import RunFolder
 from vqhit.state import TrainingState
 
 _CPU = torch.device("cpu")
-_RECORD = "begun_with.json"
 
 
 class BegunWith(NamedTuple):
@@ -86,12 +85,12 @@ def begin_with(state: TrainingState, config: RunConfig) -> BegunWith:
 
 def write_begun_with(run: RunFolder, begun_with: BegunWith) -> None:
     """Keep in a run's folder what it began with."""
-    write_atomic(run.path / _RECORD, (json.dumps(begun_with._asdict(), indent=2) + "\n").encode())
+    write_atomic(run.begun_with, (json.dumps(begun_with._asdict(), indent=2) + "\n").encode())
 
 
 def read_begun_with(run: RunFolder) -> BegunWith | None:
     """What a run began with, if it began with a model; raises `ValueError` for a damaged record."""
-    path = run.path / _RECORD
+    path = run.begun_with
     try:
         return BegunWith(**read_json(path))
     except FileNotFoundError:
@@ -123,8 +122,8 @@ def _fetch_state(located: Located, commit: str) -> None:
     path = located.folder / STATE_LIST_FILE
     try:
         listed = read_json(path)
-        model, hashes = listed["model_sha256"], dict(listed["files"])
-    except (ValueError, KeyError, TypeError):
+        model, hashes = listed["model_sha256"], {str(name): value for name, value in listed["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path}: damaged") from None
     if unknown := sorted(hashes.keys() - set(STATE_FILES)):
         raise ValueError(f"{path}: names {unknown[0]!r}; allowed: {', '.join(STATE_FILES)}")

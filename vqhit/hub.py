@@ -193,7 +193,10 @@ def locate(
     """
     directory = Path(path)
     packaged = {folder.name: folder for folder in sorted(PACKAGED.glob("*/"))}
-    on_hub = split_id(path) if isinstance(path, str) and not directory.exists() else None
+    try:
+        on_hub = split_id(path) if isinstance(path, str) and not directory.exists() else None
+    except HubError as error:
+        raise HubError(f"{error}; and there is no folder {path}") from None
     if on_hub is not None:
         name, named = on_hub
         if revision is not None and named is not None:

@@ -87,7 +87,7 @@ def package(
         config = RunConfig.from_yaml(source.run.path / "config.yaml")
         files[RUN_CONFIG_FILE] = public_settings(config).encode()
         step = _step(source, config)
-        begun_with = read_begun_with(source.run)
+        begun_with = None if config.init_from is None else read_begun_with(source.run)
         name_of_base = None if begun_with is None else begun_with.public
         facts = training_facts(config, step, name_of_base)
         training = Training(facts, config.train.steps - step, None, begun_with and begun_with.repository)
@@ -135,14 +135,21 @@ def _find(path: Path) -> _Source:
 
 
 def _of_run(run: RunFolder) -> _Source:
-    """The newest checkpoint that is whole, or, of a run that is done, its model, if that checkpoint is not the last."""
-    newest = checkpoint.newest(run.checkpoints)
-    if (run.model / CONFIG_FILE).is_file():
-        steps = RunConfig.from_yaml(run.path / "config.yaml").train.steps
-        if newest is None or checkpoint.step_of(newest) != steps:
-            return _Source(run.model, None, run)
-    if newest is None:
+    """The newest checkpoint that is whole, or the model that a run has written after it, at its end."""
+    last = run.model / CONFIG_FILE
+    try:
+        newest = checkpoint.newest(run.checkpoints)
+    except checkpoint.CheckpointError:
+        if not last.is_file():
+            raise
+        newest = None
+    if newest is None and not last.is_file():
         raise ValueError(f"{run.path}: a run without a checkpoint or a model; nothing is there to publish yet")
+    if newest is None:
+        return _Source(run.model, None, run)
+    done = checkpoint.step_of(newest) == RunConfig.from_yaml(run.path / "config.yaml").train.steps
+    if not done and last.is_file() and last.stat().st_mtime > (newest / checkpoint.MANIFEST).stat().st_mtime:
+        return _Source(run.model, None, run)
     return _Source(newest, newest, run)
 
 
@@ -209,9 +216,7 @@ def _grid(run: RunFolder, step: int) -> Path | None:
 def _training_state(source: _Source) -> dict[str, Path | bytes]:
     """What a fine-tuning run takes over besides the model, and a list of it with hashes."""
     if source.checkpoint is None:
-        raise ValueError(
-            f"{source.model}: no checkpoint of its training is there, which --with-training-state publishes"
-        )
+        raise ValueError(f"{source.model}: no whole checkpoint of this step; --with-training-state takes its files")
     found = {name: source.checkpoint / name for name in STATE_FILES if (source.checkpoint / name).is_file()}
     hashes = {name: sha256(path) for name, path in found.items()}
     listed = {"model_sha256": sha256(source.model / WEIGHTS_FILE), "files": hashes}

@@ -73,7 +73,8 @@ def download(
         found.append(path)
     folder = found[0].parent
     assert commit is not None
-    assert all(path.parent == folder for path in found)
+    if any(path.parent != folder for path in found):
+        raise HubError(f"{repo_id}: the server gives files of another commit than {commit}; none is used")
     return folder, commit
 
 
@@ -142,7 +143,7 @@ def upload(
 
     Those of `replaces` that are in the repository and not among `files` are removed in the same commit. Raises
     `HubError`: before anything is sent, if a repository that is to be private is public; without a commit, if somebody
-    else has made one meanwhile.
+    else has made one meanwhile. A repository or branch that was made for it stays then.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 

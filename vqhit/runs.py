@@ -14,7 +14,7 @@ SKIPPED = "skipped.jsonl"
 
 
 class RunFolder:
-    """config.yaml (resolved), *.jsonl, *.index, grids/*.png, checkpoints/ and, at the end, model/."""
+    """config.yaml (resolved), begun_with.json, *.jsonl, *.index, grids/*.png, checkpoints/ and, at the end, model/."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -22,6 +22,7 @@ class RunFolder:
         self.model = self.path / "model"
         self.index = self.path / "images.index"
         self.eval_index = self.path / "eval.index"
+        self.begun_with = self.path / "begun_with.json"
 
     def lock(self) -> None:
         """Claim the folder until this process ends; raises `ConfigError` naming one that has it (see `files.lock`)."""
@@ -62,6 +63,8 @@ class RunFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path / "config.yaml", config.to_yaml().encode())
+        if not step:
+            self.begun_with.unlink(missing_ok=True)  # of a start that came to nothing
         if index is None:
             self.index.unlink(missing_ok=True)  # of an image folder that is one no longer
         else:

@@ -62,7 +62,7 @@ class DatasetSource:
         self.path, self.rows = config.path, _encoded(dataset, self.column)
         self.labels = _labels(dataset)
         self.fingerprint = str(dataset._fingerprint)
-        """Changes with the rows."""
+        """Changes with the rows; of Parquet and Arrow files also with their place and date."""
 
     def __len__(self) -> int:
         return len(self.rows)

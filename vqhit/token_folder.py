@@ -25,7 +25,7 @@ _NEEDED = {"complete": bool, "model": dict, "codebook_size": int, "token_grid": 
 _COUNTS = ("images", "rows", "skipped")
 """Of a complete folder."""
 _NOT_COMPARED = ("complete", *_COUNTS, "model.id", "model.revision", "source.path", "source.revision")
-"""What may be another when a folder is gone on with: counts, and names of what is known by its content."""
+"""What may be another when a folder is gone on with: counts, and names of what is known by its content or list."""
 
 
 class TokenFolder:
@@ -147,7 +147,11 @@ class TokenFolder:
 
     def finish(self, made: dict[str, Any], views: int) -> dict[str, Any]:
         """All shards are written: list what was skipped, count, and give the folder up; returns the manifest."""
-        found = [summary(self.shard(number, made["shards"])) for number in range(made["shards"])]
+        paths = [self.shard(number, made["shards"]) for number in range(made["shards"])]
+        found = [summary(path) for path in paths]
+        for path, each in zip(paths, found, strict=True):
+            if each.made != digest(made):
+                raise DataError(f"{path}: no shard of these tokens; move it away")
         rows, skipped = sum(each.rows for each in found), [skip for each in found for skip in each.skipped]
         if not rows:
             raise DataError(f"{made['source']['path']}: none of its images can be read; {skipped[0].problem}")

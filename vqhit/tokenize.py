@@ -14,9 +14,9 @@ from torch import Tensor
 from vqhit import __version__, distributed
 from vqhit.config import Count, NonNegativeInt
 from vqhit.data import BadShare, Batch, Skipped, load_batches
-from vqhit.distributed import SharedError, StopSignal
+from vqhit.distributed import StopSignal
 from vqhit.files import check_apart, sha256, write_atomic
-from vqhit.folder import FolderSource
+from vqhit.folder import DataError, FolderSource
 from vqhit.hub import WEIGHTS_FILE, locate
 from vqhit.images import from_uint8
 from vqhit.labels import Labels, labels_of, readable
@@ -93,13 +93,19 @@ def tokenize(
         made=digest(made),
     )
 
+    if len(set(distributed.gather_objects(shard_format.made))) > 1:
+        raise DataError(
+            f"{config.path}: the processes do not see the same images, or not the same tokenizer; name a commit of the "
+            "Hub, and give all machines the same data"
+        )
+
     def claim() -> tuple[list[int], list[Skip]] | None:
         return folder.claim(made, shard_format, partition)
 
     if (found := distributed.on_first(claim)) is None:
         return folder.manifest() or {}
     if not folder.data.is_dir():
-        raise SharedError(f"{folder.path}: not seen by all processes; give all machines the same folder")
+        raise DataError(f"{folder.path}: not seen by all processes; give all machines the same folder")
     writer = _Writer(model, config, source, labels, partition, shard_format, folder)
     if (signal := writer.run(*found)) is not None:
         return signal
@@ -215,7 +221,7 @@ class _Writer:
             kept = set(batch.kept)
             indices += [part[position] for position in batch.kept]
             bad = [index for position, index in enumerate(part) if position not in kept]
-            skipped += map(Skip, bad, batch.skipped)
+            skipped += map(self._skip, bad, batch.skipped)
             if kept:
                 tokens.append(self._encode(batch.images.flatten(0, 1)))
             self._count(part, batch.skipped, bar)
@@ -223,6 +229,11 @@ class _Writer:
         found = torch.cat(tokens).flatten(1).cpu().numpy() if tokens else np.empty((0, height * width))
         sources = [readable(self.source.origin(index) or "") for index in indices]
         return ShardRows(found, indices, self.labels.of(indices), sources, skipped)
+
+    def _skip(self, index: int, problem: str) -> Skip:
+        """What is kept of an image that could not be read: its own name, not where the folder lies."""
+        name = readable(self.source.origin(index) or f"row {index}")
+        return Skip(index, readable(problem.replace(self.source.name(index), name)))
 
     @torch.no_grad()
     def _encode(self, crops: Tensor) -> Tensor:

@@ -66,9 +66,10 @@ class Trainer:
         self.report = Report(config, self.folder, self.feed, self.state, self.micro_batch_size)
         self._settled_at = -1
         self._claim()
-        if begun_with is not None and distributed.is_first():
-            write_begun_with(self.folder, begun_with)
-            say(f"begun with {config.init_from}: {', '.join(['the model', *begun_with.taken])}")
+        if begun_with is not None:
+            distributed.on_first(lambda: write_begun_with(self.folder, begun_with))
+            if distributed.is_first():
+                say(f"begun with {config.init_from}: {', '.join(['the model', *begun_with.taken])}")
 
     def _perceptual(self) -> torch.nn.Module | None:
         loss = self.config.loss
