@@ -78,19 +78,17 @@ def download(
     return folder, commit
 
 
-def has_file(
-    repo_id: str, name: str, commit: str, *, token: str | bool | None = None, cache_dir: Path | str | None = None
-) -> bool:
+def has_file(repo_id: str, name: str, commit: str) -> bool:
     """Whether a commit holds a file, which is fetched if it does; raises `HubError` where that cannot be known."""
     from huggingface_hub import _CACHED_NO_EXIST, errors, try_to_load_from_cache
 
     try:
-        _fetch(repo_id, name, commit, token, cache_dir, local_files_only=False)
+        _fetch(repo_id, name, commit, None, None, local_files_only=False)
     except HubError as error:
         unknown = isinstance(error.__cause__, errors.LocalEntryNotFoundError)
         if isinstance(error.__cause__, errors.EntryNotFoundError) and not unknown:
             return False
-        if unknown and try_to_load_from_cache(repo_id, name, cache_dir, commit) is _CACHED_NO_EXIST:
+        if unknown and try_to_load_from_cache(repo_id, name, revision=commit) is _CACHED_NO_EXIST:
             return False
         raise
     return True

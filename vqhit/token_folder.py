@@ -62,15 +62,6 @@ class TokenFolder:
         """File of a shard."""
         return self.data / shard_name(number, shards)
 
-    def is_complete(self) -> bool:
-        """Whether all that belongs into the folder is there."""
-        manifest = self.manifest()
-        return (
-            manifest is not None
-            and manifest["complete"]
-            and all(self.shard(number, manifest["shards"]).is_file() for number in range(manifest["shards"]))
-        )
-
     def claim(
         self, made: dict[str, Any], shard_format: ShardFormat, partition: Partition
     ) -> tuple[list[int], list[Skip]] | None:
@@ -81,7 +72,7 @@ class TokenFolder:
         Raises `DataError` for a folder that is in use, holds anything else, or was made otherwise, naming what differs.
         """
         self._compare(made)
-        if self.is_complete() and self._is_whole(shard_format, partition):
+        if self._is_complete(shard_format, partition):
             return None
         self.data.mkdir(parents=True, exist_ok=True)
         try:
@@ -89,7 +80,7 @@ class TokenFolder:
         except InUseError as holder:
             raise DataError(f"{self.path}: {holder} is writing it now") from None
         self._compare(made)  # another may have done all of it meanwhile
-        if self.is_complete() and self._is_whole(shard_format, partition):
+        if self._is_complete(shard_format, partition):
             self._release()
             return None
         for name in (MANIFEST, _CARD, SKIPPED):
@@ -102,7 +93,11 @@ class TokenFolder:
         self._write(_CARD, _card(made))
         return self._missing(shard_format, partition)
 
-    def _is_whole(self, shard_format: ShardFormat, partition: Partition) -> bool:
+    def _is_complete(self, shard_format: ShardFormat, partition: Partition) -> bool:
+        """Whether the manifest says so, and every shard is there and whole."""
+        manifest = self.manifest()
+        if manifest is None or not manifest["complete"]:
+            return False
         try:
             for number in range(len(partition)):
                 shard_format.check(self.shard(number, len(partition)), partition.images(number))

@@ -92,17 +92,12 @@ def tokenize(
         label_names=labels.names,
         made=digest(made),
     )
-
     if len(set(distributed.gather_objects(shard_format.made))) > 1:
         raise DataError(
             f"{config.path}: the processes do not see the same images, or not the same tokenizer; name a commit of the "
             "Hub, and give all machines the same data"
         )
-
-    def claim() -> tuple[list[int], list[Skip]] | None:
-        return folder.claim(made, shard_format, partition)
-
-    if (found := distributed.on_first(claim)) is None:
+    if (found := distributed.on_first(lambda: folder.claim(made, shard_format, partition))) is None:
         return folder.manifest() or {}
     if not folder.data.is_dir():
         raise DataError(f"{folder.path}: not seen by all processes; give all machines the same folder")
