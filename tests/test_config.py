@@ -124,6 +124,16 @@ def test_gan_configs_are_the_papers_recipes(name):
     assert (config.data.flip, config.data.crop_proportion) == (True, (crop, crop))
 
 
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [("redecode_vqgan_imagenet256", "vqhit_imagenet256"), ("redecode_tinyimagenet64", "vqhit_tinyimagenet64")],
+)
+def test_a_decoder_for_other_tokens_is_trained_as_a_tokenizer_is(name, base):
+    ours, theirs = (RunConfig.from_yaml(CONFIGS / f"{each}.yaml") for each in (name, base))
+    assert changed(ours, theirs) <= {"init_from", "freeze_tokens", "loss.codebook", "train.restart_codes_after"}
+    assert (ours.freeze_tokens, ours.loss.codebook) == (True, 0)
+
+
 def test_the_convolutional_baseline_differs_in_nothing_but_the_model():
     ours, theirs = (RunConfig.from_yaml(CONFIGS / f"{name}_imagenet128.yaml") for name in ("hitgan", "convnet"))
     assert all(key.startswith("model.") for key in changed(ours, theirs))
@@ -198,7 +208,8 @@ def test_overrides_reach_nested_keys_and_are_typed_as_yaml(tmp_path, demo_text):
         ),
         (
             "zzz=4",
-            "zzz: unknown key; allowed: run_dir, seed, device, init_from, model, discriminator, data, loss, optimizer, "
+            "zzz: unknown key; allowed: run_dir, seed, device, init_from, freeze_tokens, model, "
+            "discriminator, data, loss, optimizer, "
             "discriminator_optimizer, ema, train",
         ),
         ("train.batch_size='4'", "train.batch_size: found '4'; input should be a valid integer"),

@@ -110,6 +110,20 @@ def test_relative_paths_are_nobodys_business_either_wherever_the_command_runs(ru
     assert f"- **Begun with**: someone/base at {'2' * 40}" in card
 
 
+def test_the_card_of_a_decoder_for_the_tokens_of_another_model_says_whose_they_are(run):
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    values |= {"init_from": "someone/base", "freeze_tokens": True}
+    values["train"]["restart_codes_after"] = 0
+    (run / "config.yaml").write_text(yaml.safe_dump(values))
+    write_begun_with(RunFolder(run), BegunWith("someone/base", "2" * 40, "1" * 64, []))
+    found = package(run, "someone/tiny")
+    whose = f"- **Begun with**: someone/base at {'2' * 40}, whose encoder and codebook stayed as they were"
+    assert whose in found.card
+    settings = yaml.safe_load(found.files["training.yaml"])
+    assert settings["init_from"] == f"someone/base@{'2' * 40}"
+    assert RunConfig.from_dict({**settings, "run_dir": "again"}).freeze_tokens
+
+
 def test_statistics_of_a_reference_do_not_tell_where_they_were_made(run, photos, tmp_path):
     torch.manual_seed(0)
     weights = models.squeezenet1_1(weights=None).features[:2].state_dict(prefix="features.")

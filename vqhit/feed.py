@@ -22,6 +22,7 @@ from vqhit.sources import (
 )
 
 _STREAM_EPOCH_IMAGES = 50_000
+_SHOWN_IMAGES = 16
 
 
 def open_shared(config: SourceConfig, split: str, kept: Path | None = None) -> ImageSource:
@@ -113,15 +114,15 @@ class Feed:
             self._kept = list(training_batches(self.crops, size, 0, count, workers))
         return self._kept
 
-    def shown(self, count: int) -> Tensor:
-        """Up to `count` images, always the same, (N, 3, S, S) uint8: center crops; of a stream, its first crops."""
+    def shown(self) -> Tensor:
+        """Up to 16 images, always the same, (N, 3, S, S) uint8: center crops; of a stream, its first crops."""
         if self._shown is None:
             if isinstance(self.source, StreamSource):
                 first = iter(self.crops)
-                samples = [next(first) for _ in range(count)]
+                samples = [next(first) for _ in range(_SHOWN_IMAGES)]
             else:
                 crops = CenterCrops(self.source, self.config.model.image_size)
-                samples = [crops[index] for index in evenly_spaced(len(crops), count)]
+                samples = [crops[index] for index in evenly_spaced(len(crops), _SHOWN_IMAGES)]
             size = self.config.model.image_size
             read = [sample.image for sample in samples if sample.image.numel()]
             self._shown = torch.stack(read) if read else torch.empty(0, 3, size, size, dtype=torch.uint8)

@@ -9,7 +9,9 @@ from torch import nn
 
 from vqhit import checkpoint, distributed
 from vqhit.config import ConfigError, differences
+from vqhit.feed import Feed
 from vqhit.files import read_json, sha256, write_atomic
+from vqhit.generator import Generator
 from vqhit.hub import (
     CONFIG_FILE,
     STATE_FILES,
@@ -20,6 +22,8 @@ from vqhit.hub import (
     locate,
     read_tensors,
 )
+from vqhit.images import from_uint8
+from vqhit.models import VQHiT
 from vqhit.recipe import RunConfig
 from vqhit.repository import download, has_file
 from vqhit.runs import RunFolder
@@ -45,21 +49,44 @@ class BegunWith(NamedTuple):
             return f"a model whose weights have sha256 {self.weights_sha256}"
         return f"{self.repository} at {self.commit}"
 
+    @property
+    def address(self) -> str | None:
+        """What `init_from` takes to begin with the very same, anywhere."""
+        return None if self.repository is None else f"{self.repository}@{self.commit}"
 
-def begin_with(state: TrainingState, config: RunConfig) -> BegunWith:
+
+def begin_with(state: TrainingState, config: RunConfig, feed: Feed) -> BegunWith:
     """Give a run at its first step what `init_from` has, and return what that was.
 
-    Raises `ValueError` (`ConfigError`, `HubError`, `CheckpointError`) if there is none, it is damaged, or it does not
-    fit what the run trains.
+    With `freeze_tokens`, encoder and codebook are those of the model that is there, the average; if the decoder is
+    another one, nothing else is taken, and its stem is fitted to the codes of some training images. Raises `ValueError`
+    (`ConfigError`, `HubError`, `CheckpointError`) if there is no model, it is damaged, or it does not fit what the run
+    trains.
     """
     assert config.init_from is not None
     with distributed.first_here():
         located = _find(config.init_from)
     folder = located.folder
     saved = type(state.model).from_pretrained(folder)
-    if changed := differences(saved.config.to_dict(), config.model.to_dict()):
-        some = ", ".join(list(changed.values())[:3])
+    changed = differences(saved.config.to_dict(), config.model.to_dict())
+    of_tokens = {key: text for key, text in changed.items() if key.split(".")[0] not in ("stem", "decoder")}
+    if unlike := of_tokens if config.freeze_tokens else changed:
+        some = ", ".join(list(unlike.values())[:3])
         raise ConfigError(f"model: init_from {config.init_from} is another one ({some})")
+    if (theirs := saved.config.image_size) != (mine := config.model.image_size):
+        raise ConfigError(f"model: init_from {config.init_from} has images of {theirs} px; this run's are {mine} px")
+    taken = [] if changed else ["the model", *_take_all(state, saved, folder)]
+    if config.freeze_tokens:
+        _take_tokens(state, saved)
+        taken.append("its encoder and codebook, which stay as they are")
+        if changed:
+            _fit_stem(state, feed)
+    on_hub = located.name if located.commit else None
+    return BegunWith(on_hub, located.commit, sha256(folder / WEIGHTS_FILE), taken)
+
+
+def _take_all(state: TrainingState, saved: VQHiT | Generator, folder: Path) -> list[str]:
+    """Give a run the weights of the same model, and what there is of its training; returns what that was."""
     weights = saved.state_dict()
     taken: list[str] = []
     if state.ema is not None:
@@ -73,14 +100,44 @@ def begin_with(state: TrainingState, config: RunConfig) -> BegunWith:
         taken.append("its discriminator")
     for name, optimizer in state.optimizers.items():
         if (path := folder / f"{name}_optimizer.safetensors").is_file():
-            optimizer.load_fitting(read_tensors(path, _CPU), str(path))
+            optimizer.load_fitting(_trained(read_tensors(path, _CPU), optimizer.module), str(path))
             taken.append(f"the optimizer of the {name}")
     if state.codebook is not None:
         state.codebook.begin_trained()
         if (path := folder / "state.safetensors").is_file() and state.codebook.load_means(read_tensors(path, _CPU)):
             taken.append("the running means of its codes")
-    on_hub = located.name if located.commit else None
-    return BegunWith(on_hub, located.commit, sha256(folder / WEIGHTS_FILE), taken)
+    return taken
+
+
+def _trained(tensors: dict[str, torch.Tensor], module: nn.Module) -> dict[str, torch.Tensor]:
+    """An optimizer's state without that of parameters that this run does not train."""
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    return {key: tensor for key, tensor in tensors.items() if key.rpartition("/")[0] not in frozen}
+
+
+def _take_tokens(state: TrainingState, saved: VQHiT | Generator) -> None:
+    """Give a run the encoder and codebook of a tokenizer."""
+    for model in state.models:
+        assert isinstance(model, VQHiT)
+        assert isinstance(saved, VQHiT)
+        for mine, theirs in zip(model.token_parts, saved.token_parts, strict=True):
+            mine.load_state_dict(theirs.state_dict())
+
+
+def _fit_stem(state: TrainingState, feed: Feed) -> None:
+    """Give a new stem outputs of near unit variance for the codes of a trained codebook, whose scale may be any."""
+    model = state.model
+    if not isinstance(model, VQHiT) or model.config.stem is None:
+        return
+
+    def code_rms() -> float:
+        images = from_uint8(feed.shown()).to(model.quant_conv.weight)
+        return float(model.lookup(model.encode(images)).square().mean().sqrt()) if len(images) else 0.0
+
+    if found := distributed.on_first(code_rms):
+        for each in state.models:
+            assert isinstance(each, VQHiT)
+            each.stem.multiply_weights(model.config.quantizer.code_std / found)
 
 
 def write_begun_with(run: RunFolder, begun_with: BegunWith) -> None:

@@ -6,6 +6,7 @@ vectors (the VQ-HiT decoder). Where the paper and its official TensorFlow code p
 """
 
 import math
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Literal, Self
 
@@ -310,8 +311,17 @@ class CodeStem(nn.Module):
             self.token_projection = Linear(self.token_factor**2 * code_dim, widths[0])
             self.tokens = LatentTokens(config.latent_grid**2, widths[0], backbone.norm)
         self.skip = Linear(code_dim, widths[1]) if config.skip else None
-        for layer in filter(None, (self.feature_map, self.token_projection, self.skip)):
+        for layer in self._projections():
             nn.init.normal_(layer.weight, std=1 / (code_std * math.sqrt(layer.in_features)))
+
+    def _projections(self) -> Iterable[Linear]:
+        return filter(None, (self.feature_map, self.token_projection, self.skip))
+
+    @torch.no_grad()
+    def multiply_weights(self, factor: float) -> None:
+        """Multiply the weights of the linear layers: for codes that are wider or narrower than `code_std`."""
+        for layer in self._projections():
+            layer.weight.mul_(factor)
 
     def forward(self, codes: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         codes = codes.permute(0, 2, 3, 1)

@@ -121,7 +121,7 @@ class VQHiTOutput(NamedTuple):
     tokens: Tensor
     """(B, h, w) int64."""
     codebook_loss: Tensor
-    """Scalar."""
+    """Scalar; 0 where tokens are frozen."""
     latents: Tensor
     """The encoder's output before quantization, (B, C, h, w)."""
 
@@ -166,6 +166,16 @@ pictures[0].save("reconstruction.png")""",
             code_std = config.quantizer.code_std
             self.stem = CodeStem(config.stem, config.decoder, config.token_grid[0], dim, code_std)
             self.backbone = HiTBackbone(config.decoder)
+        self.tokens_frozen = False
+
+    def freeze_tokens(self) -> None:
+        """Make training leave all that tokens come from as it is, `token_parts`: only the decoder trains.
+
+        The training pass then finds tokens as `encode` does, also under autocast, and decodes their codes as `decode`.
+        """
+        self.tokens_frozen = True
+        for part in self.token_parts:
+            part.requires_grad_(False)
 
     def summary(self) -> dict[str, str]:
         """What the model is, for its card."""
@@ -194,6 +204,11 @@ pictures[0].save("reconstruction.png")""",
         return self.config.token_grid
 
     @property
+    def token_parts(self) -> tuple[nn.Module, ...]:
+        """What an image's tokens come from: encoder, `quant_conv` and codebook."""
+        return self.encoder, self.quant_conv, self.quantizer
+
+    @property
     def decoder_parts(self) -> "tuple[CodeStem, HiTBackbone] | tuple[nn.Conv2d, ConvDecoder]":
         """What codebook vectors pass through: stem and HiT backbone, or VQGAN's `post_quant_conv` and decoder."""
         if isinstance(self.config.decoder, ConvDecoderConfig):
@@ -217,9 +232,14 @@ pictures[0].save("reconstruction.png")""",
 
     def forward(self, images: Tensor) -> VQHiTOutput:
         """Training pass: encode, quantize with straight-through gradient, decode. (B, 3, H, W) in [-1, 1]."""
-        latents = self.encode_latents(images)
-        quantized = self.quantize(latents)
-        return VQHiTOutput(self.decode_latents(quantized.latents), quantized.tokens, quantized.loss, latents)
+        if not self.tokens_frozen:
+            latents = self.encode_latents(images)
+            quantized = self.quantize(latents)
+            return VQHiTOutput(self.decode_latents(quantized.latents), quantized.tokens, quantized.loss, latents)
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            latents = self.encode_latents(images)
+            tokens = self.quantize(latents).tokens
+        return VQHiTOutput(self.decode_latents(self.lookup(tokens)), tokens, latents.new_zeros(()), latents)
 
     @torch.no_grad()
     def encode(self, images: Tensor, micro_batch: int | None = None) -> Tensor:

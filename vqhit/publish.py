@@ -85,9 +85,9 @@ def package(
     training = None
     if source.run is not None:
         config = RunConfig.from_yaml(source.run.path / "config.yaml")
-        files[RUN_CONFIG_FILE] = public_settings(config).encode()
         step = _step(source, config)
         begun_with = None if config.init_from is None else read_begun_with(source.run)
+        files[RUN_CONFIG_FILE] = public_settings(config, begun_with and begun_with.address).encode()
         name_of_base = None if begun_with is None else begun_with.public
         facts = training_facts(config, step, name_of_base)
         training = Training(facts, config.train.steps - step, None, begun_with and begun_with.repository)

@@ -128,6 +128,9 @@ class RunConfig(Config):
     discriminator, optimizers, running means and, if this run keeps an average, the weights behind its own are taken too
     where they are there (`vqhit push --with-training-state`); steps and learning rate begin anew. With
     `ema.start_step: 0` its average goes on. A run that is continued does not look at it again."""
+    freeze_tokens: Flag = False
+    """Keep the encoder and codebook of `init_from` as they are: every image keeps its tokens, and only the decoder and
+    the discriminator train. The decoder may be another one than there; then it begins anew, and so does all else."""
     model: VQHiTConfig | HiTGeneratorConfig | ConvNetGeneratorConfig
     """A tokenizer (`kind: vqhit`, the default), or a generator, which is trained as a GAN (`hit_generator`,
     `convnet_generator`)."""
@@ -182,6 +185,10 @@ class RunConfig(Config):
         return self
 
     def _check_tokenizer(self, model: VQHiTConfig) -> None:
+        if self.freeze_tokens and self.init_from is None:
+            raise ValueError("freeze_tokens: which ones? init_from names the tokenizer whose encoder and codebook stay")
+        if self.freeze_tokens and self.train.restart_codes_after:
+            raise ValueError("train.restart_codes_after moves codes, which freeze_tokens keeps; set it to 0")
         if self.loss.consistency and not self.trains_discriminator:
             raise ValueError("loss.consistency is a term of the discriminator: it needs loss.adversarial")
         if self.train.restart_codes_after and model.quantizer.kind != "vq":
@@ -194,6 +201,8 @@ class RunConfig(Config):
             )
 
     def _check_generator(self) -> None:
+        if self.freeze_tokens:
+            raise ValueError("freeze_tokens: a generator has no tokens")
         if self.train.restart_codes_after:
             raise ValueError("train.restart_codes_after moves codes; a generator has none")
         if self.eval is not None and not self.eval.compares_features:

@@ -101,7 +101,7 @@ class Report:
             return
         with self.evaluating() as model:
             if isinstance(model, VQHiT):
-                if not len(originals := self.feed.shown(_GRID_IMAGES)):
+                if not len(originals := self.feed.shown()):
                     return
                 parts = from_uint8(originals).to(self.device).split(self.micro_batch_size)
                 reconstructions = torch.cat([to_uint8(model.reconstruct(part)).cpu() for part in parts])

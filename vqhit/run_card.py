@@ -9,14 +9,17 @@ from vqhit.recipe import RunConfig
 
 _NAMED = ("data.path", "eval.path", "eval.feature_weights", "loss.perceptual_weights")
 """Paths of which the last part stays, so that the settings remain complete."""
-_UNSET = ("eval.inception", "init_from")
+_UNSET = ("eval.inception",)
 _LEFT_OUT = ("run_dir", "device", "log")
 _TERMS = ("reconstruction", "perceptual", "adversarial", "codebook", "r1", "consistency")
 
 
-def public_settings(config: RunConfig) -> str:
-    """A run's settings as YAML that `vqhit train` reads once `run_dir` and the paths are given."""
-    values = config.to_dict()
+def public_settings(config: RunConfig, begun_with: str | None) -> str:
+    """A run's settings as YAML that `vqhit train` reads once `run_dir` and the paths are given.
+
+    `begun_with` is the id on the Hub, with its commit, of what it began with, if that is there.
+    """
+    values = {**config.to_dict(), "init_from": begun_with}
     for key in _LEFT_OUT:
         del values[key]
     for key in (*_NAMED, *_UNSET):
@@ -27,6 +30,8 @@ def public_settings(config: RunConfig) -> str:
         if section.get(last) is not None:
             section[last] = public_name(section[last]) if key in _NAMED else None
     head = "# The settings of the run; of its paths, only the last part. `run_dir` and the data are for you to name.\n"
+    if config.init_from is not None and begun_with is None:
+        head += "# It began with a model that has no public name: `init_from` is for you to name too.\n"
     return head + yaml.safe_dump(values, sort_keys=False)
 
 
@@ -50,5 +55,6 @@ def training_facts(config: RunConfig, step: int, begun_with: str | None) -> dict
     if isinstance(loss, LossConfig) and loss.perceptual:
         facts["Perceptual network"] = loss.perceptual_network
     if begun_with is not None:
-        facts["Begun with"] = begun_with
+        stayed = ", whose encoder and codebook stayed as they were" if config.freeze_tokens else ""
+        facts["Begun with"] = begun_with + stayed
     return {**facts, "All settings": f"[{RUN_CONFIG_FILE}]({RUN_CONFIG_FILE})"}

@@ -35,7 +35,10 @@ class TrainingState:
         self.perceptual_sha256 = _perceptual_sha256(config.loss)
         self.synchronized = config.train.sync_batch_norm
         torch.manual_seed(config.seed)
-        self.model = build_model(config.model).to(device).train()
+        self.model = build_model(config.model).to(device)
+        if config.freeze_tokens and isinstance(self.model, VQHiT):
+            self.model.freeze_tokens()
+        self.model.train()
         for module in self.model.modules():
             if isinstance(module, BatchNorm):
                 module.synchronized = self.synchronized
@@ -50,15 +53,21 @@ class TrainingState:
         self.usage: CodebookUsage | None = None
         """Of a tokenizer, in this process, since the last epoch ended."""
         self.codebook: CodebookTraining | None = None
+        """Of a learned codebook that is trained."""
         if isinstance(self.model, VQHiT):
             self.usage = CodebookUsage(self.model.codebook_size)
-            if isinstance(self.model.quantizer, Quantizer):
+            if isinstance(self.model.quantizer, Quantizer) and not config.freeze_tokens:
                 self.codebook = CodebookTraining(self.model.quantizer, config.train.restart_codes_after, config.seed)
 
     @property
     def evaluated_model(self) -> VQHiT | Generator:
         """The model that is evaluated and saved: the average if there is one."""
         return self.model if self.ema is None else self.ema.model
+
+    @property
+    def models(self) -> list[VQHiT | Generator]:
+        """The model that is trained, and its average if there is one."""
+        return [self.model] if self.ema is None else [self.model, self.ema.model]
 
     def modules(self) -> dict[str, nn.Module]:
         """The modules of a checkpoint by file name; `model` is the one to use, `trained` the one behind the average."""
@@ -80,7 +89,7 @@ class TrainingState:
         """Make batch norm's statistics the means over all processes, where each has its own."""
         if self.synchronized:
             return
-        for model in [self.model] if self.ema is None else [self.model, self.ema.model]:
+        for model in self.models:
             for buffer in model.buffers():
                 if buffer.is_floating_point():
                     distributed.mean(buffer)

@@ -59,7 +59,7 @@ class Trainer:
         self.state = TrainingState(config, self.device)
         begun_with: BegunWith | None = None
         if config.init_from is not None and not distributed.on_first(self.folder.exists):
-            begun_with = begin_with(self.state, config)
+            begun_with = begin_with(self.state, config, self.feed)
         self.objective = self._objective(perceptual)
         self.stopped_by: Signals | None = None
         """The signal that ended `run`, if one did."""
@@ -69,7 +69,7 @@ class Trainer:
         if begun_with is not None:
             distributed.on_first(lambda: write_begun_with(self.folder, begun_with))
             if distributed.is_first():
-                say(f"begun with {config.init_from}: {', '.join(['the model', *begun_with.taken])}")
+                say(f"begun with {config.init_from}: {', '.join(begun_with.taken)}")
 
     def _perceptual(self) -> torch.nn.Module | None:
         loss = self.config.loss
