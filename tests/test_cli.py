@@ -39,12 +39,12 @@ def fails(result, *parts):
 
 
 COMMANDS = ["demo", "prepare", "train", "eval", "push", "sample", "tokenize", "detokenize", "bench", "doctor"]
-COMMANDS += ["reconstruct"]
+COMMANDS += ["reconstruct", "convert taming", "convert llamagen"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(command):
-    result = vqhit(command, "--help")
+    result = vqhit(*command.split(), "--help")
     assert result.returncode == 0
     assert f"Example: vqhit {command}" in " ".join(result.stdout.split())
 
@@ -278,11 +278,11 @@ def test_mistakes_with_generators_are_one_line_each(inside, model_folder, genera
     fails(inside(*sample, model_folder, "--out", "new", cwd=tmp_path), "a VQHiT, not a generator")
     fails(
         inside(*sample, generator_folder, "--out", photo_folder, cwd=tmp_path),
-        "not empty; --out is a new or empty folder",
+        "not empty; give a new or empty folder",
     )
     fails(
         inside(*sample, generator_folder, "--out", generator_folder / "config.json", cwd=tmp_path),
-        "a file; --out is a new or",
+        "a file; give a new or",
     )
     reconstruct = ("reconstruct", next(photo_folder.glob("*.jpg")), "--out", "new", "--model", generator_folder)
     fails(inside(*reconstruct, cwd=tmp_path), "HiTGenerator")

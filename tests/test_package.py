@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "vqhit"
 FLOORS = [
-    {"config", "distributed", "files", "options", "repository", "tables"},
+    {"config", "distributed", "files", "options", "pickles", "repository", "tables"},
     {
         "images",
         "layers",
@@ -35,7 +35,7 @@ FLOORS = [
     {"data", "convnet", "doctor", "labels", "token_folder"},
     {"vector_quantize", "codebook", "views"},
     {"models", "plots"},
-    {"measure", "convert", "objective", "prepare", "bench"},
+    {"measure", "convert", "convert_vqgan", "objective", "prepare", "bench"},
     {"protocol", "tokenize"},
     {"record", "detokenize"},
     {"evaluate"},
@@ -43,7 +43,7 @@ FLOORS = [
     {"feed", "state"},
     {"report", "finetune", "run_card"},
     {"train", "publish"},
-    {"demo", "cli_eval", "cli_tokens"},
+    {"demo", "cli_convert", "cli_eval", "cli_tokens"},
     {"cli"},
     {"__main__"},
 ]

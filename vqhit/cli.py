@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from vqhit.cli_convert import convert
 from vqhit.cli_eval import evaluate
 from vqhit.cli_tokens import detokenize, tokenize
 from vqhit.options import (
@@ -205,6 +206,7 @@ def sample(
 
     Example: vqhit sample --model hit-tiny-64 --n 64 --seed 0 --out samples --grid
     """
+    from vqhit.files import check_new_folder
     from vqhit.generator import Generator
     from vqhit.images import image_grid, rows_of, to_uint8, uint8_to_pil
     from vqhit.models import load_model
@@ -213,8 +215,7 @@ def sample(
     generator = load_model(model, device=device)
     if not isinstance(generator, Generator):
         raise ValueError(f"{model}: a {type(generator).__name__}, not a generator")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: {'not empty' if out.is_dir() else 'a file'}; --out is a new or empty folder")
+    check_new_folder(out)
     if interpolate:
         ends = (generator.noise(range(first, 2 * n, 2), seed=seed) for first in (0, 1))
         pairs = zip(*ends, strict=True)
@@ -238,6 +239,7 @@ def sample(
 
 app.command()(tokenize)
 app.command()(detokenize)
+app.add_typer(convert)
 
 
 @app.command()

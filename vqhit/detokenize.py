@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vqhit.files import check_apart, write_atomic
+from vqhit.files import check_apart, check_new_folder, write_atomic
 from vqhit.folder import DataError
 from vqhit.images import to_uint8, uint8_to_pil
 from vqhit.models import VQHiT
@@ -40,8 +40,7 @@ def detokenize(
     """
     target = Path(destination)
     check_apart(str(folder), target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target}: {'not empty' if target.is_dir() else 'a file'}; give a new or empty folder")
+    check_new_folder(target)
     tokens = TokenFolder(folder)
     manifest = _complete_manifest(tokens)
     shards = [summary(path) for path in _shards(tokens, manifest)]

@@ -125,6 +125,12 @@ def check_apart(source: str, target: Path) -> None:
         raise ValueError(f"{target}: the folder to write cannot be, hold or lie in the one that is read, {source}")
 
 
+def check_new_folder(folder: Path) -> None:
+    """Raise `ValueError` if a folder to write is there and not empty, or is a file."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: {'not empty' if folder.is_dir() else 'a file'}; give a new or empty folder")
+
+
 def sha256(path: Path) -> str:
     """Return the hash of a file's content in hexadecimal."""
     with path.open("rb") as file:
