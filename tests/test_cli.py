@@ -39,7 +39,7 @@ def fails(result, *parts):
 
 
 COMMANDS = ["demo", "prepare", "train", "eval", "push", "sample", "tokenize", "detokenize", "bench", "doctor"]
-COMMANDS += ["reconstruct"]
+COMMANDS += ["reconstruct", "export"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

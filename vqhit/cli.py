@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from vqhit.cli_eval import evaluate
+from vqhit.cli_export import export
 from vqhit.cli_tokens import detokenize, tokenize
 from vqhit.options import (
     DecodedAtATime,
@@ -238,6 +239,7 @@ def sample(
 
 app.command()(tokenize)
 app.command()(detokenize)
+app.command()(export)
 
 
 @app.command()
