@@ -39,7 +39,7 @@ def fails(result, *parts):
 
 
 COMMANDS = ["demo", "prepare", "train", "eval", "push", "sample", "tokenize", "detokenize", "bench", "doctor"]
-COMMANDS += ["reconstruct", "convert taming", "convert llamagen"]
+COMMANDS += ["reconstruct", "convert taming", "convert llamagen", "export"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -14,7 +14,16 @@ import threading
 import pytest
 import torch
 
-from vqhit.files import KnownFile, check_hash, check_writable, lock, sha256, write_atomic
+from vqhit.files import (
+    KnownFile,
+    check_hash,
+    check_new_folder,
+    check_writable,
+    lock,
+    new_folder,
+    sha256,
+    write_atomic,
+)
 
 CONTENT = b"weights" * 1000
 HASH = hashlib.sha256(CONTENT).hexdigest()
@@ -163,6 +172,45 @@ def test_atomic_writing_replaces_or_leaves(tmp_path):
     assert path.read_bytes() == b"one"
     assert list(tmp_path.iterdir()) == [path]
     assert sha256(path) == hashlib.sha256(b"one").hexdigest()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_new_folder_has_all_its_files_or_is_not_there(tmp_path, there):
+    target = tmp_path / "above" / "new"
+    if there:
+        target.mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    with contextlib.suppress(KeyboardInterrupt), new_folder(target) as folder:
+        (folder / "half").write_bytes(CONTENT)
+        assert not (target / "half").exists()
+        raise KeyboardInterrupt
+    assert [path for path in tmp_path.rglob("*") if path.name != "above"] == [
+        path for path in before if path.name != "above"
+    ]
+    number = target.stat().st_ino if there else None
+    with new_folder(target) as folder:
+        for name in ("a", "b"):
+            (folder / name).write_bytes(CONTENT)
+    assert sorted(path.name for path in target.iterdir()) == ["a", "b"]
+    assert list(target.parent.iterdir()) == [target]
+    assert (target / "a").stat().st_mode & 0o777 == 0o644
+    assert target.stat().st_mode & 0o777 == 0o755
+    assert number in (None, target.stat().st_ino)  # a shell may be in it
+
+
+def test_only_a_new_or_empty_folder_is_written(tmp_path):
+    (tmp_path / "file").write_bytes(CONTENT)
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "empty", tmp_path / "new", tmp_path / "deep" / "new"):
+        check_new_folder(folder)
+    for folder, message in (
+        (tmp_path, "not empty; give a new or empty folder"),
+        (tmp_path / "file", "a file; give a new or empty folder"),
+        (tmp_path / "file" / "new", "file is a file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_new_folder(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
 
 
 def test_a_lock_is_held_against_other_processes_until_it_is_closed(tmp_path):

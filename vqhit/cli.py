@@ -12,6 +12,7 @@ import typer
 
 from vqhit.cli_convert import convert
 from vqhit.cli_eval import evaluate
+from vqhit.cli_export import export
 from vqhit.cli_tokens import detokenize, tokenize
 from vqhit.options import (
     DecodedAtATime,
@@ -240,6 +241,7 @@ def sample(
 app.command()(tokenize)
 app.command()(detokenize)
 app.add_typer(convert)
+app.command()(export)
 
 
 @app.command()

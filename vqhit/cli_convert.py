@@ -29,8 +29,9 @@ def taming(
     Example: vqhit convert taming last.ckpt --config model.yaml --out vqgan-f16-1024
     """
     from vqhit.convert_vqgan import taming_vqgan
+    from vqhit.files import check_new_folder
 
-    _check_out(out)
+    check_new_folder(out)
     _write(taming_vqgan(checkpoint, config), checkpoint, out)
 
 
@@ -46,30 +47,18 @@ def llamagen(
     Example: vqhit convert llamagen vq_ds16_c2i.pt --out llamagen-vq16
     """
     from vqhit.convert_vqgan import llamagen_vq
+    from vqhit.files import check_new_folder
 
-    _check_out(out)
+    check_new_folder(out)
     _write(llamagen_vq(checkpoint, weights=weights, image_size=image_size), checkpoint, out)
 
 
-def _check_out(out: Path) -> None:
-    from vqhit.files import check_new_folder, check_writable
-
-    check_new_folder(out)
-    check_writable(out / "config.json")
-
-
 def _write(model: "VQHiT", checkpoint: Path, out: Path) -> None:
-    from vqhit.files import sha256
+    from vqhit.files import new_folder, sha256
 
-    digest, new = sha256(checkpoint), not out.exists()
-    try:
-        model.save_pretrained(out)
-    except BaseException:
-        for path in out.glob("*"):  # it was empty
-            path.unlink()
-        if new and out.is_dir():
-            out.rmdir()
-        raise
+    digest = sha256(checkpoint)
+    with new_folder(out) as folder:
+        model.save_pretrained(folder)
     (height, width), size = model.token_grid, model.config.image_size
     grid = f"{height}x{width} tokens ({model.num_tokens} per image) of {model.codebook_size:,} codes"
     print(f"{out}: {size}x{size} px, {grid}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters")

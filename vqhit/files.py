@@ -8,9 +8,12 @@ import math
 import os
 import platform
 import re
+import shutil
 import socket
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -43,7 +46,10 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 def check_writable(path: Path) -> None:
     """Raise `ValueError`, before long work, if a file cannot be written there; makes nothing."""
-    above = _free(path).parent
+    _check_above(path, _free(path).parent)
+
+
+def _check_above(path: Path, above: Path) -> None:
     while not above.exists():
         above = above.parent
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
@@ -126,9 +132,39 @@ def check_apart(source: str, target: Path) -> None:
 
 
 def check_new_folder(folder: Path) -> None:
-    """Raise `ValueError` if a folder to write is there and not empty, or is a file."""
+    """Raise `ValueError` if a folder to write is there and not empty, is a file, or cannot be written."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: {'not empty' if folder.is_dir() else 'a file'}; give a new or empty folder")
+    _check_above(folder, Path(os.path.realpath(folder)))
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder under a temporary name, whose files are in `target`, new or empty, then; nowhere after an error."""
+    target = Path(os.path.realpath(target))
+    there = target.exists()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=target if there else target.parent, prefix=f".{target.name}."))
+    names: list[str] = []
+    try:
+        yield folder
+        names = sorted(path.name for path in folder.iterdir())
+        for name in names:
+            (folder / name).chmod(0o644)
+            flush(folder / name)
+        if there:  # it may be a mount point, or where a shell is: it stays itself
+            for name in names:
+                (folder / name).rename(target / name)
+            folder.rmdir()
+        else:
+            folder.chmod(0o755)
+            folder.rename(target)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        if there:
+            for name in names:
+                (target / name).unlink(missing_ok=True)
+        raise
 
 
 def sha256(path: Path) -> str:

@@ -96,7 +96,8 @@ class Encoder(taming.Encoder):
         super().__init__(**_taming_arguments(config, resolution), double_z=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and not torch.is_grad_enabled() and len(x) > 1:
+        eager = not torch.compiler.is_compiling()  # which is also true while a model is exported
+        if eager and x.device.type == "cpu" and not torch.is_grad_enabled() and len(x) > 1:
             # As fast at 256 px, in a fraction of the memory, and no image's latents depend on the others in its batch.
             return torch.cat([self.forward(image) for image in x.split(1)])
         x = self.conv_in(x)
@@ -161,5 +162,7 @@ def _res_block(module: taming.ResnetBlock, x: Tensor) -> Tensor:
 def _attention(module: taming.AttnBlock, x: Tensor) -> Tensor:
     normed = module.norm(x)
     queries, keys, values = (layer(normed).flatten(2).transpose(1, 2) for layer in (module.q, module.k, module.v))
+    if torch.compiler.is_exporting():  # ONNX has it in four dimensions only
+        queries, keys, values = queries.unsqueeze(1), keys.unsqueeze(1), values.unsqueeze(1)
     out = F.scaled_dot_product_attention(queries, keys, values)
-    return _add(x, module.proj_out(out.transpose(1, 2).reshape(x.shape)))
+    return _add(x, module.proj_out(out.transpose(-1, -2).reshape(x.shape)))
