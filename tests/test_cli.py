@@ -95,6 +95,17 @@ def test_train_eval_and_reconstruct_one_after_the_other(tiny_config, photo_folde
         assert shown.tobytes() == model.postprocess(expected)[0].tobytes()
 
 
+def test_photographs_are_reconstructed_at_another_size(inside, model_folder, tmp_path, picture):
+    picture(50, 40).save(tmp_path / "photo.png")
+    given = ("reconstruct", "photo.png", "--model", "model", "--out", "pictures", "--size")
+    result = inside(*given, 24, cwd=tmp_path)
+    assert "from 144 tokens" in result.stdout
+    assert Image.open(tmp_path / "pictures" / "photo.png").size == (2 * 24 + 3 * 4, 24 + 2 * 4)
+    fails(
+        inside(*given, 25, cwd=tmp_path), "size is 25; this model takes H and W multiples of 8 from 8 to 4096; 24 and"
+    )
+
+
 def test_a_file_that_is_no_image_is_named_and_nothing_is_written(model_folder, tmp_path, picture):
     picture(20, 20).save(tmp_path / "good.png")
     (tmp_path / "page.jpg").write_text("<html>")

@@ -82,10 +82,19 @@ def test_the_256_models_tokens_are_bit_equal_alone_and_in_a_batch():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (torch.zeros(3, 16, 16), "images are (3, 16, 16); this model takes (B, 3, 16, 16)"),
-        (torch.zeros(1, 1, 16, 16), "images are (1, 1, 16, 16); this model takes (B, 3, 16, 16)"),
-        (torch.zeros(1, 16, 16, 3), "images are (1, 16, 16, 3); this model takes (B, 3, 16, 16)"),
-        (torch.zeros(1, 3, 24, 16), "images are (1, 3, 24, 16); this model takes (B, 3, 16, 16)"),
+        (
+            torch.zeros(3, 16, 16),
+            "images are (3, 16, 16); this model takes (B, 3, H, W), H and W multiples of 8 from 8 to 4096",
+        ),
+        (torch.zeros(1, 1, 16, 16), "images are (1, 1, 16, 16); this model takes (B, 3, H, W), "),
+        (torch.zeros(1, 16, 16, 3), "images are (1, 16, 16, 3); this model takes (B, 3, H, W), "),
+        (torch.zeros(1, 3, 20, 16), "from 8 to 4096; 16 and 24 are nearest to 20"),
+        (torch.zeros(1, 3, 4, 15), "8 is nearest to 4; 8 and 16 are nearest to 15"),
+        (
+            torch.zeros(1, 3, 8, 4100),
+            "images are (1, 3, 8, 4100); this model takes (B, 3, H, W), H and W multiples of 8",
+        ),
+        (torch.zeros(1, 3, 8, 4104), "4096 is nearest to 4104"),
         (
             torch.zeros(1, 3, 16, 16, dtype=torch.uint8),
             "images are torch.uint8; this model's weights are torch.float32",
@@ -110,10 +119,19 @@ def test_encode_refuses_what_is_no_batch_of_images(tiny_model, given, message):
         (torch.full((1, 8, 8), -1), "tokens range from -1 to -1; allowed: 0 to 31"),
         (torch.zeros(1, 8, 8), "tokens are torch.float32; allowed: torch.int64"),
         (torch.zeros(1, 8, 8, dtype=torch.int32), "tokens are torch.int32; allowed: torch.int64"),
-        (torch.zeros(64, dtype=torch.int64), "tokens are (64,); this model takes (B, 8, 8) or (B, 64)"),
-        (torch.zeros(1, 4, 16, dtype=torch.int64), "tokens are (1, 4, 16); this model takes (B, 8, 8) or (B, 64)"),
-        (torch.zeros(1, 65, dtype=torch.int64), "tokens are (1, 65); this model takes (B, 8, 8) or (B, 64)"),
-        (torch.zeros(1, 1, 8, 8, dtype=torch.int64), "tokens are (1, 1, 8, 8); this model takes (B, 8, 8) or (B, 64)"),
+        (
+            torch.zeros(64, dtype=torch.int64),
+            "tokens are (64,); this model takes (B, 64), or (B, H, W), ",
+        ),
+        (torch.zeros(1, 4, 15, dtype=torch.int64), "from 4 to 2048; 12 and 16 are nearest to 15"),
+        (
+            torch.zeros(1, 65, dtype=torch.int64),
+            "tokens are (1, 65); this model takes (B, 64), or (B, H, W), ",
+        ),
+        (
+            torch.zeros(1, 1, 8, 8, dtype=torch.int64),
+            "tokens are (1, 1, 8, 8); this model takes (B, 64), or (B, H, W), ",
+        ),
     ],
 )
 def test_decode_refuses_what_are_no_tokens(tiny_model, given, message):
@@ -123,7 +141,7 @@ def test_decode_refuses_what_are_no_tokens(tiny_model, given, message):
 
 def test_latents_of_another_shape_are_refused(tiny_model):
     for method in (tiny_model.quantize, tiny_model.decode_latents):
-        with pytest.raises(ValueError, match=re.escape("latents are (1, 4, 8, 8); this model takes (B, 8, 8, 8)")):
+        with pytest.raises(ValueError, match=re.escape("latents are (1, 4, 8, 8); this model takes (B, 8, H, W), ")):
             method(torch.zeros(1, 4, 8, 8))
 
 

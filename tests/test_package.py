@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "vqhit"
 FLOORS = [
-    {"config", "distributed", "files", "options", "pickles", "repository", "tables"},
+    {"config", "distributed", "files", "options", "pickles", "repository", "sizes", "tables"},
     {
         "images",
         "layers",

@@ -349,6 +349,9 @@ def reconstruct(
     photos: Annotated[list[Path], typer.Argument(help="JPEG, PNG or WebP files, of any size and mode.")],
     model: ModelDir,
     out: Annotated[Path, typer.Option("--out", help="Folder for the pictures.")],
+    size: Annotated[
+        int | None, typer.Option("--size", min=1, help="Side of the center crops in px; the model's own if not set.")
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Encode and decode photographs; writes each one's center crop beside its reconstruction as NAME.png.
@@ -368,11 +371,12 @@ def reconstruct(
             raise ValueError(f"two photographs would both be written to {target}; give them in two calls")
         if any(target.resolve() == photo.resolve() for photo in photos):
             raise ValueError(f"{target}: would overwrite a photograph; choose another --out")
-    originals = [tokenizer.preprocess(photo) for photo in photos]  # all of them, before anything is written
+    originals = [tokenizer.preprocess(photo, size) for photo in photos]  # all of them, before anything is written
     out.mkdir(parents=True, exist_ok=True)
     with ProgressBar("reconstruct", len(photos)) as bar:
         for target, original in zip(targets, originals, strict=True):
-            pair = torch.cat([original, tokenizer.reconstruct(original)])
+            tokens = tokenizer.encode(original)
+            pair = torch.cat([original, tokenizer.decode(tokens)])
             image_grid([list(to_uint8(pair))]).save(target)
             bar.advance(1)
-    print(f"{out}: {len(photos)} pictures, each original beside its reconstruction from {tokenizer.num_tokens} tokens")
+    print(f"{out}: {len(photos)} pictures, each original beside its reconstruction from {tokens.numel()} tokens")

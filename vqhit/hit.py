@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Literal, Self
 
 import torch
+import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor, nn
 
@@ -131,6 +132,12 @@ class HiTConfig(Config):
             raise ValueError(f"stage {stage}: a {size}x{size} map does not divide into blocks of {block_size}")
 
     @property
+    def first_map_unit(self) -> int:
+        """What height and width of the first map are multiples of: then all maps divide into their blocks."""
+        blocks = enumerate(self.block_sizes)
+        return math.lcm(*(size // math.gcd(size, 1 << stage) for stage, size in blocks if size is not None))
+
+    @property
     def resolution(self) -> int:
         """Height and width of the image in pixels."""
         return FIRST_SIZE << (len(self.widths) - 1)
@@ -163,7 +170,7 @@ class Stage(nn.Module):
     """One stage: position embedding, cross-attention block, self-attention blocks or MLPs: (B, H, W, C) -> the same.
 
     Low-resolution stages are brought once into the layout of their attention, and back once; the others add to the
-    image so far.
+    image so far. On a map of another size than its own, a stage's position embedding is interpolated.
     """
 
     def __init__(self, config: HiTConfig, index: int) -> None:
@@ -186,8 +193,8 @@ class Stage(nn.Module):
         self.to_rgb = None if low_resolution else ToRGB(width, norm)
 
     def forward(self, x: Tensor, tokens: Tensor | None, image: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        height = x.shape[1]
-        x = x + self.position_embedding
+        height, width = x.shape[1:3]
+        x = x + _resized(self.position_embedding, height, width)
         if self.block_size is not None:
             x = block(x, self.block_size)
         elif self.one_block:
@@ -203,8 +210,20 @@ class Stage(nn.Module):
         return x, image if self.to_rgb is None else self.to_rgb(x, image)
 
 
+def _resized(positions: Tensor, height: int, width: int) -> Tensor:
+    """Position embeddings for a map of another size: (h, w, C) -> (height, width, C), bicubic."""
+    if positions.shape[:2] == (height, width):
+        return positions
+    channels_first = positions.permute(2, 0, 1).unsqueeze(0).float()
+    resized = F.interpolate(channels_first, (height, width), mode="bicubic")
+    return resized.squeeze(0).permute(1, 2, 0).to(positions.dtype)
+
+
 class HiTBackbone(nn.Module):
-    """Algorithm 1 after its stem: map (B, 8, 8, C0), latent tokens (B, T, C0) -> image (B, 3, H, W), unclamped."""
+    """Algorithm 1 after its stem: map (B, 8, 8, C0), latent tokens (B, T, C0) -> image (B, 3, H, W), unclamped.
+
+    Maps of other sizes, multiples of `HiTConfig.first_map_unit`, give images of other sizes.
+    """
 
     def __init__(self, config: HiTConfig) -> None:
         super().__init__()
@@ -293,7 +312,8 @@ class CodeStem(nn.Module):
     """Codebook vectors to first map, tokens and skip: (B, C, h, w) -> (B, 8, 8, C0), (B, T, C0), (B, 16, 16, C1).
 
     Ours: the paper (appendix A.5) does not say how a 16x16 grid of codes enters the 8x8 first stage. Each input is the
-    whole grid by space-to-depth, then one linear layer; nothing is pooled away.
+    whole grid by space-to-depth, then one linear layer; nothing is pooled away. Grids of another size than the model's
+    own give a larger or smaller map, and their latent tokens are averaged, or repeated, to T.
 
     Its linear layers start wider than HiT's other kernels: a fresh VQGAN encoder's latents have a standard deviation of
     about 0.2, and at HiT's 0.02 the position embeddings would drown them. With `code_std`, that of the codes, map and
@@ -305,6 +325,7 @@ class CodeStem(nn.Module):
         widths = backbone.widths
         self.feature_factor = code_grid // FIRST_SIZE
         self.token_factor = code_grid // config.latent_grid
+        self.latent_grid = config.latent_grid
         self.feature_map = Linear(self.feature_factor**2 * code_dim, widths[0])
         self.token_projection = self.tokens = None
         if backbone.cross_attention:
@@ -328,5 +349,8 @@ class CodeStem(nn.Module):
         feature_map = self.feature_map(space_to_depth(codes, self.feature_factor))
         tokens = None
         if self.token_projection is not None and self.tokens is not None:
-            tokens = self.tokens(self.token_projection(space_to_depth(codes, self.token_factor).flatten(1, 2)))
+            patches = space_to_depth(codes, self.token_factor)
+            if patches.shape[1:3] != (self.latent_grid, self.latent_grid):
+                patches = F.adaptive_avg_pool2d(patches.permute(0, 3, 1, 2), self.latent_grid).permute(0, 2, 3, 1)
+            tokens = self.tokens(self.token_projection(patches.flatten(1, 2)))
         return feature_map, tokens, None if self.skip is None else self.skip(codes)

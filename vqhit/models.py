@@ -3,6 +3,7 @@
 Composition and shapes only; training is elsewhere. Images are (B, 3, H, W) floats in [-1, 1].
 """
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -20,8 +21,9 @@ from vqhit.generator import Generator, generator_kind
 from vqhit.hit import FIRST_SIZE, CodeStem, HiTBackbone, HiTConfig, NoiseStem, StemConfig
 from vqhit.hub import Pretrained, locate, saved_class
 from vqhit.quantizer import Quantized, QuantizerConfig
+from vqhit.sizes import Sizes
 from vqhit.vector_quantize import build_quantizer
-from vqhit.vqgan import ConvDecoder, ConvDecoderConfig, Encoder, EncoderConfig
+from vqhit.vqgan import MAX_RESOLUTION, ConvDecoder, ConvDecoderConfig, Encoder, EncoderConfig
 
 
 class VQHiTConfig(Config):
@@ -87,6 +89,20 @@ class VQHiTConfig(Config):
         return self.decoder.resolution
 
     @property
+    def sizes(self) -> Sizes:
+        """Heights and widths of images that the model takes, in pixels; its own are among them.
+
+        With a HiT decoder the maps of all stages divide into the blocks of attention, and the codes into latent tokens.
+        """
+        unit = smallest = self.encoder.downsampling
+        if self.stem is None or isinstance(self.decoder, ConvDecoderConfig):
+            smallest *= 2
+        else:
+            pixel = self.image_size // FIRST_SIZE
+            unit = smallest = math.lcm(self.decoder.first_map_unit * pixel, self.image_size // self.stem.latent_grid)
+        return Sizes(unit, smallest, MAX_RESOLUTION // unit * unit)
+
+    @property
     def normalises_one_token(self) -> bool:
         """Whether batch norm's statistics of one image would be those of a single latent token."""
         decoder = self.decoder
@@ -111,6 +127,12 @@ class VQHiTConfig(Config):
             stem=StemConfig(skip=True),
             decoder=HiTConfig.preset(name.removeprefix("vq")),
         )
+
+
+def _at_a_time(micro_batch: int | None, default: int) -> int:
+    if micro_batch is not None and micro_batch < 1:
+        raise ValueError(f"micro_batch is {micro_batch}; allowed: 1 or more")
+    return micro_batch or default
 
 
 class VQHiTOutput(NamedTuple):
@@ -253,23 +275,25 @@ pictures[0].save("reconstruction.png")""",
         low, high = (float(bound) for bound in images.aminmax()) if images.numel() else (0.0, 0.0)
         if not (low >= -1.05 and high <= 1.05):  # also false for NaN; the margin is for resampling overshoot
             raise ValueError(f"images range from {low:g} to {high:g}; allowed: -1 to 1 (see vqhit.images.from_uint8)")
-        if micro_batch is not None and micro_batch < 1:
-            raise ValueError(f"micro_batch is {micro_batch}; allowed: 1 or more")
-        parts = images.split(micro_batch or (1 if images.device.type == "cpu" else max(len(images), 1)))
+        parts = images.split(_at_a_time(micro_batch, 1 if images.device.type == "cpu" else max(len(images), 1)))
         return torch.cat([self.quantize(self.encode_latents(part)).tokens for part in parts])
 
     @torch.no_grad()
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Tokens to image: (B, h, w) or (B, h*w) int64 -> (B, 3, H, W) float, clamped to [-1, 1].
+    def decode(self, tokens: Tensor, micro_batch: int | None = None) -> Tensor:
+        """Tokens to image: (B, h, w) int64, or (B, h*w) of the native grid -> (B, 3, H, W) float, clamped to [-1, 1].
 
-        Raises `ValueError` for a wrong shape, size or dtype, or a token outside [0, codebook_size).
+        `micro_batch` is how many images are decoded at a time, all of them by default: it bounds memory, and moves
+        values by rounding alone. Raises `ValueError` for a wrong shape, size or dtype, or a token outside
+        [0, codebook_size).
         """
-        return self.decode_latents(self.lookup(tokens)).clamp(-1, 1)
+        tokens = self._checked_tokens(tokens)
+        parts = tokens.split(_at_a_time(micro_batch, max(len(tokens), 1)))
+        return torch.cat([self.decode_latents(self._codes(part)).clamp(-1, 1) for part in parts])
 
     @torch.no_grad()
-    def reconstruct(self, images: Tensor) -> Tensor:
-        """Encode and decode: (B, 3, H, W) in [-1, 1] -> the same shape, clamped."""
-        return self.decode(self.encode(images))
+    def reconstruct(self, images: Tensor, micro_batch: int | None = None) -> Tensor:
+        """Encode and decode: (B, 3, H, W) in [-1, 1] -> the same shape, clamped; `micro_batch` as for both."""
+        return self.decode(self.encode(images, micro_batch), micro_batch)
 
     def encode_latents(self, images: Tensor) -> Tensor:
         """Image to latents before quantization: (B, 3, H, W) in [-1, 1] -> (B, C, H/f, W/f)."""
@@ -282,8 +306,8 @@ pictures[0].save("reconstruction.png")""",
         return self.quantizer(latents)
 
     def lookup(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, h, w) or (B, h*w) int64 to codebook vectors (B, C, h, w)."""
-        return self.quantizer.lookup(self._checked_tokens(tokens)).to(self.quant_conv.weight.dtype)
+        """Tokens (B, h, w) int64, or (B, h*w) of the native grid, to codebook vectors (B, C, h, w)."""
+        return self._codes(self._checked_tokens(tokens))
 
     def decode_latents(self, quantized: Tensor) -> Tensor:
         """Codebook vectors (B, C, h, w) to image (B, 3, H, W): differentiable, unclamped."""
@@ -292,11 +316,17 @@ pictures[0].save("reconstruction.png")""",
         entering = first(quantized)
         return second(*entering) if isinstance(entering, tuple) else second(entering)
 
-    def preprocess(self, photos: "Image.Image | Path | str | Iterable[Image.Image | Path | str]") -> Tensor:
+    def preprocess(
+        self, photos: "Image.Image | Path | str | Iterable[Image.Image | Path | str]", size: int | None = None
+    ) -> Tensor:
         """Photographs, as PIL images or paths, to (B, 3, H, W) in [-1, 1] on the model's device: ADM center crop.
 
-        Raises `ImageError` (a `ValueError`) naming a file that is no image.
+        `size` is the side of the crop in px, the model's own by default. Raises `ValueError` for one that the model
+        does not take, and `ImageError` (a `ValueError`) naming a file that is no image.
         """
+        size = self.config.image_size if size is None else size
+        if not self.config.sizes.allow(size):
+            raise ValueError(f"size is {size}; this model takes {self.config.sizes.allowed(size)}")
         many = [photos] if isinstance(photos, Image.Image | Path | str) else list(photos)
         for photo in many:
             if not isinstance(photo, Image.Image | Path | str):
@@ -304,7 +334,7 @@ pictures[0].save("reconstruction.png")""",
         pil = [image_files.to_rgb(p) if isinstance(p, Image.Image) else image_files.load_image(p) for p in many]
         if not pil:
             raise ValueError("no photographs given")
-        crops = [image_files.pil_to_uint8(image_files.center_crop(image, self.config.image_size)) for image in pil]
+        crops = [image_files.pil_to_uint8(image_files.center_crop(image, size)) for image in pil]
         return image_files.from_uint8(torch.stack(crops)).to(self.quant_conv.weight)
 
     def postprocess(self, images: Tensor) -> list[Image.Image]:
@@ -313,20 +343,23 @@ pictures[0].save("reconstruction.png")""",
             raise ValueError(f"images are {tuple(images.shape)}; allowed: (B, 3, H, W)")
         return [image_files.uint8_to_pil(image) for image in image_files.to_uint8(images)]
 
+    def _codes(self, tokens: Tensor) -> Tensor:
+        return self.quantizer.lookup(tokens).to(self.quant_conv.weight.dtype)
+
     def _check_images(self, images: Tensor) -> None:
-        size = self.config.image_size
-        if images.ndim != 4 or images.shape[1:] != (3, size, size):
-            raise ValueError(f"images are {tuple(images.shape)}; this model takes (B, 3, {size}, {size})")
-        self._check_dtype("images", images)
+        self._check_shape("images", images, 3, self.config.sizes)
 
     def _check_latents(self, latents: Tensor) -> None:
-        expected = (self.config.quantizer.dim, *self.token_grid)
-        if latents.ndim != 4 or latents.shape[1:] != expected:
-            raise ValueError(
-                f"latents are {tuple(latents.shape)}; this model takes (B, {', '.join(map(str, expected))})"
-            )
+        sizes = self.config.sizes.per(self.config.encoder.downsampling)
+        self._check_shape("latents", latents, self.config.quantizer.dim, sizes)
 
-        self._check_dtype("latents", latents)
+    def _check_shape(self, name: str, tensor: Tensor, channels: int, sizes: Sizes) -> None:
+        given = f"{name} are {tuple(tensor.shape)}; this model takes (B, {channels}, H, W), "
+        if tensor.ndim != 4 or tensor.shape[1] != channels:
+            raise ValueError(given + sizes.allowed())
+        if not sizes.allow(*tensor.shape[2:]):
+            raise ValueError(given + sizes.allowed(*tensor.shape[2:]))
+        self._check_dtype(name, tensor)
 
     def _check_dtype(self, name: str, tensor: Tensor) -> None:
         expected = self.quant_conv.weight.dtype
@@ -339,15 +372,19 @@ pictures[0].save("reconstruction.png")""",
         height, width = self.token_grid
         if tokens.dtype != torch.int64:
             raise ValueError(f"tokens are {tokens.dtype}; allowed: torch.int64")
-        if tokens.ndim not in (2, 3) or tokens.shape[1:] not in ((height, width), (height * width,)):
+        sizes = self.config.sizes.per(self.config.encoder.downsampling)
+        native = tokens.ndim == 2 and tokens.shape[1] == height * width
+        if not native and not (tokens.ndim == 3 and sizes.allow(*tokens.shape[1:])):
+            sides = tokens.shape[1:] if tokens.ndim == 3 else ()
             raise ValueError(
-                f"tokens are {tuple(tokens.shape)}; this model takes (B, {height}, {width}) or (B, {height * width})"
+                f"tokens are {tuple(tokens.shape)}; this model takes (B, {height * width}), or (B, H, W), "
+                f"{sizes.allowed(*sides)}"
             )
         if tokens.numel():
             low, high = (int(bound) for bound in tokens.aminmax())
             if low < 0 or high >= self.codebook_size:
                 raise ValueError(f"tokens range from {low} to {high}; allowed: 0 to {self.codebook_size - 1}")
-        return tokens.reshape(-1, height, width)
+        return tokens.reshape(-1, height, width) if native else tokens
 
 
 class HiTGeneratorConfig(Config):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vqhit.config import Config, ConfigError, Count, Layers
 
 _GROUPS = 32
-_MAX_RESOLUTION = 4096  # as HiT's
+MAX_RESOLUTION = 4096  # as HiT's
 
 
 class _Convolutions(Config):
@@ -68,8 +68,8 @@ class ConvDecoderConfig(_Convolutions):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.resolution > _MAX_RESOLUTION:
-            raise ValueError(f"resolution {self.resolution}; allowed: up to {_MAX_RESOLUTION}")
+        if self.resolution > MAX_RESOLUTION:
+            raise ValueError(f"resolution {self.resolution}; allowed: up to {MAX_RESOLUTION}")
         if self.resolution % self.downsampling:
             raise ValueError(f"resolution {self.resolution}: not a multiple of {self.downsampling}, its upsampling")
         self.check_attention(self.resolution)
