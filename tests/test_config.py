@@ -47,9 +47,10 @@ def test_the_baselines_differ_in_nothing_but_the_decoder(data):
     assert ours.model.image_size == theirs.model.image_size
 
 
-def test_the_packaged_tokenizer_is_that_of_its_configuration():
-    packaged = VQHiT.from_pretrained("vqhit-tiny-64")
-    assert packaged.config == RunConfig.from_yaml(CONFIGS / "vqhit_tinyimagenet64.yaml").model
+@pytest.mark.parametrize("kind", ["vqhit", "vqgan"])
+def test_the_packaged_tokenizers_are_those_of_their_configurations(kind):
+    packaged = VQHiT.from_pretrained(f"{kind}-tiny-64")
+    assert packaged.config == RunConfig.from_yaml(CONFIGS / f"{kind}_tinyimagenet64.yaml").model
 
 
 def test_the_packaged_generator_is_that_of_its_configuration():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -153,6 +154,16 @@ def test_a_continued_run_is_bit_equal_and_does_not_look_at_the_source_again(valu
     found = VQHiT.from_pretrained(again.run()).state_dict()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
+
+
+def test_the_packaged_tokenizer_gets_a_decoder_by_its_configuration(tmp_path, values):
+    """As it stands, but on other photographs and without the perceptual network."""
+    config = Path(__file__).parent.parent / "configs" / "redecode_tinyimagenet64.yaml"
+    changes = [f"data.path={values['data']['path']}", "data.max_bad=0.1", "eval=null", "loss.perceptual=0"]
+    begun = Trainer(RunConfig.from_yaml(config, [*changes, f"run_dir={tmp_path / 'run'}", "train.batch_size=2"]))
+    source = VQHiT.from_pretrained("vqgan-tiny-64")
+    photos = source.preprocess(sorted((tmp_path / "photos").glob("[0-9].jpg")))
+    assert torch.equal(begun.state.model.eval().encode(photos), source.encode(photos))
 
 
 def test_what_cannot_be_is_named(values, tmp_path, conv_config):

@@ -26,6 +26,9 @@ _WEIGHTS = (
 )
 _EXTRAS = {
     "skimage": ("demo", "the photographs of vqhit demo"),
+    "onnx": ("onnx", "vqhit export --format onnx"),
+    "onnxscript": ("onnx", "vqhit export --format onnx"),
+    "onnxruntime": ("onnx", "checking what vqhit export --format onnx wrote"),
     "vector_quantize_pytorch": ("quantizers", "FSQ, LFQ, SimVQ, the rotation trick"),
     "tensorboard": ("tensorboard", "log.tensorboard"),
     "wandb": ("wandb", "log.wandb"),
