@@ -36,7 +36,7 @@ def test_a_taming_checkpoint_becomes_a_folder(inside, original, files):
     assert result.returncode == 0, result.stderr
     written, source = result.stdout.splitlines()
     assert written.startswith("new/vqgan: 32x32 px, 8x8 tokens (64 per image) of 64 codes, ")
-    assert source == f"last.ckpt: sha256 {sha256(files / 'last.ckpt')}"
+    assert source == f"converted from taming-transformers's last.ckpt (sha256 {sha256(files / 'last.ckpt')})"
     model, images = original
     converted = VQHiT.from_pretrained(files / "new" / "vqgan")
     assert torch.equal(converted.encode(images), model.tokens_and_pictures(model.latents(images))[0])

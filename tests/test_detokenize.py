@@ -82,7 +82,7 @@ def test_other_weights_are_refused_unless_they_are_asked_for(tiny_model, tokens,
     with pytest.raises(ValueError, match=r"model: not the weights that made these tokens, sha256 \w{16}\.\.\. instead"):
         detokenize(tokens, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.warns(UserWarning, match="model: not the weights that made these tokens"):
+    with pytest.warns(UserWarning, match="model: not the encoder and codebook that made these tokens"):
         detokenize(tokens, tmp_path / "out", model=str(tmp_path / "model"), limit=1)
     first = parquet.read_table(tokens / "data")["tokens"][0].as_py()
     expected = to_uint8(other.decode(torch.tensor([first])))[0]

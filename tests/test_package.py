@@ -29,6 +29,7 @@ FLOORS = [
         "runs",
         "stopwatch",
         "card",
+        "origin",
     },
     {"vqgan", "quantizer", "hit", "hub", "folder", "discriminator", "extractors"},
     {"sources", "generator", "comparison", "token_shards"},

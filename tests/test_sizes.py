@@ -110,6 +110,7 @@ def test_every_kind_of_attention_takes_other_sizes(changes):
         ({"block_sizes": (2, 4, 8, 16)}, 4, 64),
         ({"block_sizes": ()}, 16, 32),
         ({"block_sizes": ()}, 1, 256),
+        ({"block_sizes": (), "cross_attention": False}, 1, 32),
     ],
 )
 def test_sizes_are_those_whose_maps_divide_into_blocks_and_latent_tokens(changes, grid, unit):
@@ -142,6 +143,8 @@ def test_other_sizes_are_refused_naming_the_nearest(side, message):
         model.encode(torch.zeros(1, 3, side, 256))
     with pytest.raises(ValueError, match=f"size is {side}; this model takes H and W multiples of 128 "):
         model.preprocess(PHOTOS, side)
+    with pytest.raises(ValueError, match=r"size is '64'; this model takes H and W multiples of 128 from 128 to 4096$"):
+        model.preprocess(PHOTOS, "64")
     with pytest.raises(ValueError, match=re.escape("H and W multiples of 8 from 8 to 256; 8 and 16 are nearest to 12")):
         model.decode(torch.zeros(1, 16, 12, dtype=torch.int64))
 
@@ -175,5 +178,6 @@ def test_micro_batches_bound_what_is_decoded_at_a_time(tiny_model):
     hook.remove()
     assert tiny_model.decode(tokens[:0]).shape == (0, 3, 16, 16)
     for method in (tiny_model.decode, tiny_model.reconstruct, tiny_model.encode):
-        with pytest.raises(ValueError, match="micro_batch is 0; allowed: 1 or more"):
-            method(tokens if method == tiny_model.decode else images(16, 16), micro_batch=0)
+        for wrong in (0, -1, 1.5, True, "2"):
+            with pytest.raises(ValueError, match=f"micro_batch is {wrong!r}; allowed: a whole number, 1 or more"):
+                method(tokens if method == tiny_model.decode else images(16, 16), micro_batch=wrong)

@@ -162,6 +162,7 @@ def test_the_manifest_says_how_the_tokens_were_made(tiny_model, photo_folder, tm
         "revision": None,
         "class": "VQHiT",
         "weights_sha256": identity.weights_sha256,
+        "tokens_sha256": identity.tokens_sha256,
         "config": tiny_model.config.to_dict(),
     }
     assert (manifest["codebook_size"], manifest["token_grid"], manifest["image_size"]) == (32, [8, 8], 16)

@@ -32,7 +32,7 @@ def taming(
     from vqhit.files import check_new_folder
 
     check_new_folder(out)
-    _write(taming_vqgan(checkpoint, config), checkpoint, out)
+    _write(taming_vqgan(checkpoint, config), checkpoint, out, "taming-transformers")
 
 
 @convert.command()
@@ -50,16 +50,18 @@ def llamagen(
     from vqhit.files import check_new_folder
 
     check_new_folder(out)
-    _write(llamagen_vq(checkpoint, weights=weights, image_size=image_size), checkpoint, out)
+    _write(llamagen_vq(checkpoint, weights=weights, image_size=image_size), checkpoint, out, "LlamaGen", weights)
 
 
-def _write(model: "VQHiT", checkpoint: Path, out: Path) -> None:
+def _write(model: "VQHiT", checkpoint: Path, out: Path, project: str, weights: str | None = None) -> None:
     from vqhit.files import new_folder, sha256
+    from vqhit.origin import Origin, write_origin
 
-    digest = sha256(checkpoint)
+    origin = Origin(project, checkpoint.name, sha256(checkpoint), weights)
     with new_folder(out) as folder:
         model.save_pretrained(folder)
+        write_origin(folder, origin)
     (height, width), size = model.token_grid, model.config.image_size
     grid = f"{height}x{width} tokens ({model.num_tokens} per image) of {model.codebook_size:,} codes"
     print(f"{out}: {size}x{size} px, {grid}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters")
-    print(f"{checkpoint}: sha256 {digest}")
+    print(f"converted from {origin.text}")

@@ -6,6 +6,7 @@ configuration is executed or interpolated.
 
 import difflib
 import re
+import reprlib
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -104,7 +105,13 @@ class Config(BaseModel):
             return [(key, f"unknown key; {hint}")]
         if entry["type"] == "missing":
             return [(key, "missing")]
-        return [(key, f"found {entry['input']!r}; {entry['msg'][0].lower()}{entry['msg'][1:]}")]
+        return [(key, f"found {_shown(entry['input'])}; {entry['msg'][0].lower()}{entry['msg'][1:]}")]
+
+
+_repr = reprlib.Repr()
+_repr.maxlevel, _repr.maxstring, _repr.maxother = 3, 200, 200
+_shown = _repr.repr
+"""A value in a message: YAML's aliases make small files of values that are endless when written out."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -131,6 +138,8 @@ def _parse_yaml(text: str) -> Any:
         return yaml.load(text, _Loader)  # _Loader is a SafeLoader
     except yaml.YAMLError as error:
         raise ConfigError("not valid YAML: " + " ".join(str(error).split())) from None
+    except RecursionError:
+        raise ConfigError("not valid YAML: nested too deep") from None
 
 
 def _apply(values: dict[Any, Any], override: str) -> None:
@@ -161,10 +170,10 @@ def of_kind(value: Any, kinds: Mapping[str, type[Config]], default: str | None =
             return value
     allowed = ", ".join(kinds)
     if not (isinstance(value, Mapping) and all(isinstance(key, str) for key in value)):
-        raise ValueError(f"found {value!r}; expected a mapping, of kind {allowed}")
+        raise ValueError(f"found {_shown(value)}; expected a mapping, of kind {allowed}")
     kind = value.get("kind", default)
     if not isinstance(kind, str) or kind not in kinds:
-        raise ConfigError([(("kind",), f"found {kind!r}; allowed: {allowed}")])
+        raise ConfigError([(("kind",), f"found {_shown(kind)}; allowed: {allowed}")])
     try:
         return kinds[kind](**value)
     except ConfigError as error:

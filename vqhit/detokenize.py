@@ -104,8 +104,8 @@ def _tokenizer(manifest: dict[str, Any], model: str | None, device: torch.device
             f"{found.id}: {tokenizer.codebook_size} codes, {own_grid} tokens an image; these tokens are {grid} of "
             f"{manifest['codebook_size']} codes"
         )
-    if not same:
-        warnings.warn(f"{found.id}: not the weights that made these tokens", stacklevel=3)
+    if not same and found.tokens_sha256 != made_by.get("tokens_sha256"):
+        warnings.warn(f"{found.id}: not the encoder and codebook that made these tokens", stacklevel=3)
     return tokenizer
 
 

@@ -32,7 +32,7 @@ _TRACED_BATCH = 2
 _CHECKED_BATCHES = (1, 3)
 IMAGE_TOLERANCE = 1e-4
 TOKEN_TOLERANCE = 1e-3
-"""Share of tokens that may differ: a latent as near to two codes goes to one or the other by rounding."""
+"""Share of tokens that may differ, one at least: a latent as near to two codes goes to one or the other by rounding."""
 _FREE_BATCH = ({0: torch.export.Dim("batch")},)
 _ONE_FILE_BYTES = 1.9e9  # protobuf ends at 2 GiB
 
@@ -59,11 +59,12 @@ class DecoderPart(nn.Module):
 
     def __init__(self, model: VQHiT) -> None:
         super().__init__()
-        self.quantizer = model.quantizer
+        self.quantizer, self.codebook_size = model.quantizer, model.codebook_size
         self.parts = nn.ModuleList(model.decoder_parts)
 
     def forward(self, tokens: Tensor) -> Tensor:
         first, second = self.parts
+        tokens = torch.where(tokens < 0, self.codebook_size, tokens)  # ONNX would count from the end
         entering = first(self.quantizer.lookup(tokens))
         images = second(*entering) if isinstance(entering, tuple) else second(entering)
         return images.clamp(-1, 1)
@@ -79,10 +80,10 @@ def export(
 ) -> dict[str, Any]:
     """Write encoder.pt2 and decoder.pt2, or .onnx, in float32 and eval mode, and export.json; returns its content.
 
-    `format` is torch or onnx; `part` encoder, decoder or both. `model` is a tokenizer, `identity` says which, or a name
-    that `from_pretrained` takes. The files are run on batches of other sizes than
-    the one traced; `check` says how far they are from eager mode, and is None for ONNX without onnxruntime. Nothing is
-    left unless all is well. Raises `ValueError` for a folder that is not new or empty, a missing package, a model that
+    `format` is torch or onnx; `part` encoder, decoder or both. `model` is a name that `from_pretrained` takes, or a
+    tokenizer, of which `identity` may then say which it is. The files are run on batches of other sizes than the one
+    traced; `check` says how far they are from eager mode, and is None for ONNX without onnxruntime. Nothing is left
+    unless all is well. Raises `ValueError` for a folder that is not new or empty, a missing package, a model that
     is no tokenizer or cannot be exported, and a file that computes something else.
     """
     target = Path(destination)
@@ -150,6 +151,7 @@ def _describe(model: VQHiT, format: str, identity: ModelIdentity | None) -> dict
             "id": identity.id if identity else None,
             "revision": identity.commit if identity else None,
             "weights_sha256": identity.weights_sha256 if identity else None,
+            "tokens_sha256": identity.tokens_sha256 if identity else None,
             "config": model.config.to_dict(),
         },
         "codebook_size": model.codebook_size,
@@ -215,7 +217,7 @@ def _check(model: VQHiT, part: str, path: Path) -> dict[str, Any] | None:
         differing, total = differing + int((found != expected).sum()), total + found.numel()
         largest = max(largest, float((found.double() - expected.double()).abs().nan_to_num(torch.inf).max()))
     if part == "encoder":
-        wrong, said = differing > TOKEN_TOLERANCE * total, f"{differing} of {total} tokens are not the model's"
+        wrong, said = differing > max(1, TOKEN_TOLERANCE * total), f"{differing} of {total} tokens are not the model's"
         result: dict[str, float] = {"tokens": total, "tokens_differing": differing}
     else:
         wrong, said = largest > IMAGE_TOLERANCE, f"images differ from the model's by up to {largest:.2g}"

@@ -22,7 +22,7 @@ from vqhit.sources import (
 )
 
 _STREAM_EPOCH_IMAGES = 50_000
-_SHOWN_IMAGES = 16
+SHOWN_IMAGES = 16
 
 
 def open_shared(config: SourceConfig, split: str, kept: Path | None = None) -> ImageSource:
@@ -119,10 +119,10 @@ class Feed:
         if self._shown is None:
             if isinstance(self.source, StreamSource):
                 first = iter(self.crops)
-                samples = [next(first) for _ in range(_SHOWN_IMAGES)]
+                samples = [next(first) for _ in range(SHOWN_IMAGES)]
             else:
                 crops = CenterCrops(self.source, self.config.model.image_size)
-                samples = [crops[index] for index in evenly_spaced(len(crops), _SHOWN_IMAGES)]
+                samples = [crops[index] for index in evenly_spaced(len(crops), SHOWN_IMAGES)]
             size = self.config.model.image_size
             read = [sample.image for sample in samples if sample.image.numel()]
             self._shown = torch.stack(read) if read else torch.empty(0, 3, size, size, dtype=torch.uint8)

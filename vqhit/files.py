@@ -9,11 +9,14 @@ import os
 import platform
 import re
 import shutil
+import signal
 import socket
+import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -140,31 +143,54 @@ def check_new_folder(folder: Path) -> None:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A folder under a temporary name, whose files are in `target`, new or empty, then; nowhere after an error."""
+    """A folder under a temporary name, whose files are in `target`, new or empty, then; nowhere after an error.
+
+    Nor after SIGTERM; a process that is killed may leave the temporary folder: beside a new one, or in one that was
+    there. Raises `ValueError` if another process has written there meanwhile.
+    """
     target = Path(os.path.realpath(target))
     there = target.exists()
+    made = [path for path in target.parents if not path.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=target if there else target.parent, prefix=f".{target.name}."))
-    names: list[str] = []
+    placed: list[Path] = []
+    with _terminated_by_exception():
+        folder = Path(tempfile.mkdtemp(dir=target if there else target.parent, prefix=f".{target.name}."))
+        try:
+            yield folder
+            files = sorted(folder.iterdir())
+            for file in files:
+                file.chmod(0o644)
+                flush(file)
+            if set(target.iterdir() if target.exists() else []) - {folder}:
+                raise ValueError(f"{target}: another process has written there meanwhile")
+            if there:  # it may be a mount point, or where a shell is: it stays itself
+                for file in files:
+                    placed.append(file.rename(target / file.name))
+                folder.rmdir()
+            else:
+                folder.chmod(0o755)
+                folder.rename(target)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            for path in placed:
+                path.unlink(missing_ok=True)
+            for path in made:
+                with suppress(OSError):  # another process may use it by now
+                    path.rmdir()
+            raise
+
+
+@contextmanager
+def _terminated_by_exception() -> Iterator[None]:
+    """Let SIGTERM end the process by `SystemExit`, so that what it leaves is cleared away."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
-        yield folder
-        names = sorted(path.name for path in folder.iterdir())
-        for name in names:
-            (folder / name).chmod(0o644)
-            flush(folder / name)
-        if there:  # it may be a mount point, or where a shell is: it stays itself
-            for name in names:
-                (folder / name).rename(target / name)
-            folder.rmdir()
-        else:
-            folder.chmod(0o755)
-            folder.rename(target)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        if there:
-            for name in names:
-                (target / name).unlink(missing_ok=True)
-        raise
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def sha256(path: Path) -> str:

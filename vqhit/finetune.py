@@ -1,6 +1,7 @@
 """The start of a run from a trained model: its weights and, where they are there, those of its training."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from vqhit.files import read_json, sha256, write_atomic
 from vqhit.generator import Generator
 from vqhit.hub import (
     CONFIG_FILE,
+    PACKAGED,
     STATE_FILES,
     STATE_LIST_FILE,
     WEIGHTS_FILE,
@@ -24,35 +26,46 @@ from vqhit.hub import (
 )
 from vqhit.images import from_uint8
 from vqhit.models import VQHiT
+from vqhit.origin import read_origin
 from vqhit.recipe import RunConfig
 from vqhit.repository import download, has_file
 from vqhit.runs import RunFolder
 from vqhit.state import TrainingState
 
 _CPU = torch.device("cpu")
+_OF_CODEBOOK_TRAINING = {f"quantizer.{key}" for key in ("commitment", "update", "ema_decay", "gradient", "entropy")}
+"""Settings of a model that its tokens do not depend on."""
 
 
 class BegunWith(NamedTuple):
     """The model that a run began with, as its folder remembers it."""
 
     repository: str | None
-    """Its id on the Hub; None if it was a folder."""
+    """Its id on the Hub, or the name of a model that comes with the package; None if it was a folder."""
     commit: str | None
+    """Of a repository on the Hub."""
     weights_sha256: str
     taken: list[str]
-    """What was taken besides the model."""
+    """What was taken of it."""
+    converted_from: str | None = None
 
     @property
     def public(self) -> str:
         """What to call it in public."""
         if self.repository is None:
-            return f"a model whose weights have sha256 {self.weights_sha256}"
-        return f"{self.repository} at {self.commit}"
+            whence = f" converted from {self.converted_from}," if self.converted_from else ""
+            return f"a model{whence} whose weights have sha256 {self.weights_sha256}"
+        return f"{self.repository} at {self.commit}" if self.commit else f"{self.repository}, which comes with vqhit"
 
     @property
     def address(self) -> str | None:
         """What `init_from` takes to begin with the very same, anywhere."""
-        return None if self.repository is None else f"{self.repository}@{self.commit}"
+        return f"{self.repository}@{self.commit}" if self.commit else self.repository
+
+    @property
+    def on_hub(self) -> str | None:
+        """Its id there, if it is from the Hub."""
+        return self.repository if self.commit else None
 
 
 def begin_with(state: TrainingState, config: RunConfig, feed: Feed) -> BegunWith:
@@ -69,20 +82,28 @@ def begin_with(state: TrainingState, config: RunConfig, feed: Feed) -> BegunWith
     folder = located.folder
     saved = type(state.model).from_pretrained(folder)
     changed = differences(saved.config.to_dict(), config.model.to_dict())
-    of_tokens = {key: text for key, text in changed.items() if key.split(".")[0] not in ("stem", "decoder")}
-    if unlike := of_tokens if config.freeze_tokens else changed:
-        some = ", ".join(list(unlike.values())[:3])
-        raise ConfigError(f"model: init_from {config.init_from} is another one ({some})")
+    if config.freeze_tokens:
+        changed = {key: text for key, text in changed.items() if key not in _OF_CODEBOOK_TRAINING}
+    decoder = {key for key in changed if key.split(".")[0] in ("stem", "decoder")}
+    if unlike := [text for key, text in changed.items() if not (config.freeze_tokens and key in decoder)]:
+        raise ConfigError(f"model: init_from {config.init_from} is another one ({', '.join(unlike[:3])})")
     if (theirs := saved.config.image_size) != (mine := config.model.image_size):
         raise ConfigError(f"model: init_from {config.init_from} has images of {theirs} px; this run's are {mine} px")
-    taken = [] if changed else ["the model", *_take_all(state, saved, folder)]
+    taken = [] if decoder else ["the model", *_take_all(state, saved, folder)]
     if config.freeze_tokens:
         _take_tokens(state, saved)
         taken.append("its encoder and codebook, which stay as they are")
-        if changed:
+        if decoder:
             _fit_stem(state, feed)
-    on_hub = located.name if located.commit else None
-    return BegunWith(on_hub, located.commit, sha256(folder / WEIGHTS_FILE), taken)
+    public = located.commit or folder.parent == PACKAGED
+    origin = read_origin(folder)
+    return BegunWith(
+        located.name if public else None,
+        located.commit,
+        sha256(folder / WEIGHTS_FILE),
+        taken,
+        origin and origin.text,
+    )
 
 
 def _take_all(state: TrainingState, saved: VQHiT | Generator, folder: Path) -> list[str]:
@@ -100,7 +121,10 @@ def _take_all(state: TrainingState, saved: VQHiT | Generator, folder: Path) -> l
         taken.append("its discriminator")
     for name, optimizer in state.optimizers.items():
         if (path := folder / f"{name}_optimizer.safetensors").is_file():
-            optimizer.load_fitting(_trained(read_tensors(path, _CPU), optimizer.module), str(path))
+            tensors = _trained(read_tensors(path, _CPU), optimizer.module)
+            if name == "model" and _without_tokens(tensors) and not _without_tokens(optimizer.parameters):
+                continue  # of a run whose tokens were frozen, as this one's are not
+            optimizer.load_fitting(tensors, str(path))
             taken.append(f"the optimizer of the {name}")
     if state.codebook is not None:
         state.codebook.begin_trained()
@@ -113,6 +137,11 @@ def _trained(tensors: dict[str, torch.Tensor], module: nn.Module) -> dict[str, t
     """An optimizer's state without that of parameters that this run does not train."""
     frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
     return {key: tensor for key, tensor in tensors.items() if key.rpartition("/")[0] not in frozen}
+
+
+def _without_tokens(names: Iterable[str]) -> bool:
+    """Whether names of parameters, or what begins with them, are none of encoder and codebook."""
+    return not any(name.startswith(VQHiT.token_part_names) for name in names)
 
 
 def _take_tokens(state: TrainingState, saved: VQHiT | Generator) -> None:

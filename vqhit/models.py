@@ -6,7 +6,7 @@ Composition and shapes only; training is elsewhere. Images are (B, 3, H, W) floa
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from PIL import Image
@@ -98,8 +98,10 @@ class VQHiTConfig(Config):
         if self.stem is None or isinstance(self.decoder, ConvDecoderConfig):
             smallest *= 2
         else:
-            pixel = self.image_size // FIRST_SIZE
-            unit = smallest = math.lcm(self.decoder.first_map_unit * pixel, self.image_size // self.stem.latent_grid)
+            unit = self.decoder.first_map_unit * self.image_size // FIRST_SIZE
+            if self.decoder.cross_attention:
+                unit = math.lcm(unit, self.image_size // self.stem.latent_grid)
+            smallest = unit
         return Sizes(unit, smallest, MAX_RESOLUTION // unit * unit)
 
     @property
@@ -130,8 +132,8 @@ class VQHiTConfig(Config):
 
 
 def _at_a_time(micro_batch: int | None, default: int) -> int:
-    if micro_batch is not None and micro_batch < 1:
-        raise ValueError(f"micro_batch is {micro_batch}; allowed: 1 or more")
+    if micro_batch is not None and (type(micro_batch) is not int or micro_batch < 1):
+        raise ValueError(f"micro_batch is {micro_batch!r}; allowed: a whole number, 1 or more")
     return micro_batch or default
 
 
@@ -225,6 +227,9 @@ pictures[0].save("reconstruction.png")""",
         """Height and width of the native grid of tokens."""
         return self.config.token_grid
 
+    token_part_names: ClassVar = ("encoder.", "quant_conv.", "quantizer.")
+    """How names of their tensors begin."""
+
     @property
     def token_parts(self) -> tuple[nn.Module, ...]:
         """What an image's tokens come from: encoder, `quant_conv` and codebook."""
@@ -239,8 +244,8 @@ pictures[0].save("reconstruction.png")""",
 
     @property
     def compiled_parts(self) -> list[nn.Module]:
-        """What `torch.compile` gets, each by itself: all but the codebook."""
-        return [self.encoder, *self.decoder_parts]
+        """What `torch.compile` gets, each by itself: all but the codebook, and an encoder whose tokens are frozen."""
+        return [*self.decoder_parts] if self.tokens_frozen else [self.encoder, *self.decoder_parts]
 
     @property
     def last_layer(self) -> nn.Linear | nn.Conv2d:
@@ -261,7 +266,7 @@ pictures[0].save("reconstruction.png")""",
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             latents = self.encode_latents(images)
             tokens = self.quantize(latents).tokens
-        return VQHiTOutput(self.decode_latents(self.lookup(tokens)), tokens, latents.new_zeros(()), latents)
+        return VQHiTOutput(self.decode_latents(self._codes(tokens)), tokens, latents.new_zeros(()), latents)
 
     @torch.no_grad()
     def encode(self, images: Tensor, micro_batch: int | None = None) -> Tensor:
@@ -325,8 +330,10 @@ pictures[0].save("reconstruction.png")""",
         does not take, and `ImageError` (a `ValueError`) naming a file that is no image.
         """
         size = self.config.image_size if size is None else size
-        if not self.config.sizes.allow(size):
-            raise ValueError(f"size is {size}; this model takes {self.config.sizes.allowed(size)}")
+        if type(size) is not int or not self.config.sizes.allow(size):
+            raise ValueError(
+                f"size is {size!r}; this model takes {self.config.sizes.allowed(*[size] * (type(size) is int))}"
+            )
         many = [photos] if isinstance(photos, Image.Image | Path | str) else list(photos)
         for photo in many:
             if not isinstance(photo, Image.Image | Path | str):

@@ -227,9 +227,10 @@ class TokenizerObjective:
             gradient = gradient + adversarial_gradient
             found = self.adversary.backward(images, reconstruction, fake_logits, step, share, augmentations)
             found["adversarial_weight"] = weight
-        terms["codebook"] = self.config.codebook * output.codebook_loss
+        if not self.model.tokens_frozen:
+            terms["codebook"] = self.config.codebook * output.codebook_loss
         sources, gradients = [output.reconstruction], [share * gradient.to(output.reconstruction.dtype)]
-        if terms["codebook"].requires_grad:  # FSQ has no loss
+        if "codebook" in terms and terms["codebook"].requires_grad:  # FSQ has no loss
             sources, gradients = [*sources, terms["codebook"]], [*gradients, torch.full_like(terms["codebook"], share)]
         torch.autograd.backward(sources, gradients)
         terms = {name: term.detach() for name, term in terms.items()}

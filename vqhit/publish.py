@@ -23,6 +23,7 @@ from vqhit.hub import (
     repository_id,
 )
 from vqhit.models import VQHiT, load_model
+from vqhit.origin import read_origin
 from vqhit.recipe import RunConfig
 from vqhit.repository import upload
 from vqhit.run_card import public_settings, training_facts
@@ -90,7 +91,7 @@ def package(
         files[RUN_CONFIG_FILE] = public_settings(config, begun_with and begun_with.address).encode()
         name_of_base = None if begun_with is None else begun_with.public
         facts = training_facts(config, step, name_of_base)
-        training = Training(facts, config.train.steps - step, None, begun_with and begun_with.repository)
+        training = Training(facts, config.train.steps - step, None, begun_with and begun_with.on_hub)
         if grid and (picture := _grid(source.run, step)) is not None:
             files[GRID_FILE] = picture
             shown = "Training images above their reconstructions" if isinstance(model, VQHiT) else "Samples"
@@ -99,6 +100,7 @@ def package(
                 remarks.append(f"{GRID_FILE} shows training images; --no-grid leaves it out")
     if with_training_state:
         files |= _training_state(source)
+    origin = read_origin(source.model)
     own = source.model / CARD_FILE
     if own.is_file():
         files[CARD_FILE] = _own_card(own)
@@ -107,7 +109,7 @@ def package(
         card = model_card(
             model.model_kind,
             name,
-            model.summary(),
+            model.summary() | ({} if origin is None else {"Converted from": origin.text}),
             branch=branch,
             license=license,
             training=training,

@@ -12,7 +12,7 @@ import torch
 from vqhit import distributed
 from vqhit.comparison import Comparison, Metric
 from vqhit.extractors import Extractor
-from vqhit.feed import Feed, open_shared
+from vqhit.feed import SHOWN_IMAGES, Feed, open_shared
 from vqhit.files import write_atomic
 from vqhit.folder import DataError, FolderSource
 from vqhit.frechet import FeatureStatistics
@@ -27,8 +27,6 @@ from vqhit.recipe import RunConfig
 from vqhit.runs import EVALUATIONS, METRICS, RunFolder
 from vqhit.sources import ImageSource, evenly_spaced
 from vqhit.state import TrainingState
-
-_GRID_IMAGES = 16
 
 
 class Report:
@@ -107,7 +105,7 @@ class Report:
                 reconstructions = torch.cat([to_uint8(model.reconstruct(part)).cpu() for part in parts])
                 grid = compare_grid(list(zip(originals, reconstructions, strict=True)))
             else:
-                samples = model.sample(_GRID_IMAGES, seed=self.config.seed, batch_size=self.micro_batch_size)
+                samples = model.sample(SHOWN_IMAGES, seed=self.config.seed, batch_size=self.micro_batch_size)
                 grid = image_grid(rows_of(to_uint8(samples).cpu()))
         grids = self.folder.path / "grids"
         grids.mkdir(exist_ok=True)

@@ -40,8 +40,9 @@ def training_facts(config: RunConfig, step: int, begun_with: str | None) -> dict
     data, train, optimizer, loss = config.data, config.train, config.optimizer, config.loss
     split = f", split {data.split}" if data.split else ""
     crops = f"random crops of {data.crop_proportion[0]:.0%} to {data.crop_proportion[1]:.0%} of the short side"
-    of_discriminator = () if config.trains_discriminator else ("r1", "consistency")
-    terms = {name: getattr(loss, name, 0.0) for name in _TERMS if name not in of_discriminator}
+    unused = [] if config.trains_discriminator else ["r1", "consistency"]
+    unused += ["codebook"] if config.freeze_tokens else []
+    terms = {name: getattr(loss, name, 0.0) for name in _TERMS if name not in unused}
     facts = {
         "Data": f"{public_name(data.path)}{split}; {crops}{', flipped at random' if data.flip else ''}",
         "Steps": f"{step:,} of {train.batch_size} images ({step * train.batch_size:,} crops)",

@@ -1,5 +1,6 @@
 """Images to tokens, by any number of processes; interrupted, the same command goes on without duplicate or gap."""
 
+import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -59,6 +60,8 @@ class ModelIdentity(NamedTuple):
     commit: str | None
     """Of a model on the Hub."""
     weights_sha256: str
+    tokens_sha256: str | None = None
+    """Of all that tokens come from, encoder and codebook: models that share them may decode each other's."""
 
 
 def load_identified(model: str, *, device: torch.device | str) -> tuple[VQHiT, ModelIdentity]:
@@ -66,7 +69,18 @@ def load_identified(model: str, *, device: torch.device | str) -> tuple[VQHiT, M
     with distributed.first_here():
         located = locate(model)
     tokenizer = VQHiT.from_pretrained(located.folder, device=device)
-    return tokenizer, ModelIdentity(located.name, located.commit, sha256(located.folder / WEIGHTS_FILE))
+    weights = sha256(located.folder / WEIGHTS_FILE)
+    return tokenizer, ModelIdentity(located.name, located.commit, weights, _tokens_sha256(tokenizer))
+
+
+def _tokens_sha256(model: VQHiT) -> str:
+    """Hash of the names, shapes and values, as float32, of the encoder's and the codebook's tensors."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith(model.token_part_names):
+            found.update(f"{name} {tuple(tensor.shape)}\n".encode())
+            found.update(tensor.cpu().float().numpy().tobytes())
+    return found.hexdigest()
 
 
 def tokenize(
@@ -132,6 +146,7 @@ def _describe(
             "revision": identity.commit,
             "class": type(model).__name__,
             "weights_sha256": identity.weights_sha256,
+            "tokens_sha256": identity.tokens_sha256,
             "config": model.config.to_dict(),
         },
         "codebook_size": model.codebook_size,
