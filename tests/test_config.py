@@ -13,6 +13,7 @@ from vqhit.discriminator import DiscriminatorConfig
 from vqhit.models import HiTGenerator, HiTGeneratorConfig, VQHiT, VQHiTConfig
 from vqhit.perceptual import FeaturesConfig
 from vqhit.recipe import RunConfig
+from vqhit.vqgan import EncoderConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RUNS = sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("ablations/*.yaml")])
@@ -123,6 +124,16 @@ def test_gan_configs_are_the_papers_recipes(name):
     assert (config.ema.decay, config.ema.start_step, config.ema.warmup) == (0.999, 10, False)
     crop = 0.875 if "imagenet" in name else 1.0
     assert (config.data.flip, config.data.crop_proportion) == (True, (crop, crop))
+
+
+def test_yaml_that_is_endless_when_written_out_or_nested_too_deep_is_one_short_line(tmp_path):
+    rows = ["a0: &a0 [x, x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12))]
+    (tmp_path / "bomb.yaml").write_text("\n".join([*rows, "channels: *a11", "z_channels: *a11"]))
+    (tmp_path / "deep.yaml").write_text("[" * 20_000)
+    for name, message in (("bomb", "channels: found"), ("deep", "not valid YAML: nested too deep")):
+        with pytest.raises(ConfigError, match=message) as error:
+            EncoderConfig.from_yaml(tmp_path / f"{name}.yaml")
+        assert len(str(error.value)) < 3000
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,9 @@ import torch
 from tests.vqgans import SMALL, as_llamagen, small_original, taming_yaml
 from vqhit import VQHiT, hub
 from vqhit.files import sha256
+from vqhit.finetune import BegunWith
+from vqhit.origin import read_origin
+from vqhit.publish import package
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,15 @@ def test_a_taming_checkpoint_becomes_a_folder(inside, original, files):
     model, images = original
     converted = VQHiT.from_pretrained(files / "new" / "vqgan")
     assert torch.equal(converted.encode(images), model.tokens_and_pictures(model.latents(images))[0])
+
+
+def test_where_it_comes_from_goes_onto_the_cards_of_what_is_made_of_it(inside, files):
+    given = ("convert", "llamagen", "vq.pt", "--image-size", 32, "--out", "there")
+    assert inside(*given, cwd=files).returncode == 0
+    source = f"LlamaGen's vq.pt, its `model` (sha256 {sha256(files / 'vq.pt')})"
+    assert f"- **Converted from**: {source}" in package(files / "there", "someone/tiny").card
+    begun_with = BegunWith(None, None, "1" * 64, [], read_origin(files / "there").text)
+    assert begun_with.public == f"a model converted from {source}, whose weights have sha256 {'1' * 64}"
 
 
 def test_a_llamagen_checkpoint_becomes_a_folder(inside, original, files):

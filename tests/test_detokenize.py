@@ -97,6 +97,22 @@ def test_the_same_weights_elsewhere_are_taken_without_a_word(tokens, tmp_path, r
     assert not recwarn.list
 
 
+def test_another_decoder_for_the_same_tokens_is_taken_without_a_word(
+    tiny_model, conv_config, tokens, tmp_path, recwarn
+):
+    other = VQHiT(conv_config).eval()
+    for mine, theirs in zip(other.token_parts, tiny_model.token_parts, strict=True):
+        mine.load_state_dict(theirs.state_dict())
+    other.save_pretrained(tmp_path / "other")
+    assert detokenize(tokens, tmp_path / "out", model=str(tmp_path / "other"), limit=1) == 1
+    assert not recwarn.list
+    with torch.no_grad():
+        other.quantizer.codebook[3] *= 2
+    other.save_pretrained(tmp_path / "other")
+    with pytest.warns(UserWarning, match="other: not the encoder and codebook that made these tokens"):
+        detokenize(tokens, tmp_path / "again", model=str(tmp_path / "other"), limit=1)
+
+
 def test_a_tokenizer_of_another_codebook_or_grid_is_refused(tokens, tmp_path):
     with pytest.raises(
         ValueError,

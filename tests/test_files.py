@@ -196,6 +196,30 @@ def test_a_new_folder_has_all_its_files_or_is_not_there(tmp_path, there):
     assert number in (None, target.stat().st_ino)  # a shell may be in it
 
 
+def test_of_two_that_write_a_folder_the_later_is_refused_and_the_others_files_stay(tmp_path):
+    (tmp_path / "there").mkdir()
+    for target in (tmp_path / "there", tmp_path / "new"):
+        with contextlib.ExitStack() as late:
+            (late.enter_context(new_folder(target)) / "a").write_bytes(b"late")
+            target.mkdir(exist_ok=True)
+            (target / "a").write_bytes(CONTENT)
+            with pytest.raises(ValueError, match="another process has written there meanwhile"):
+                late.close()
+        assert [path.read_bytes() for path in target.iterdir()] == [CONTENT]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_process_that_is_terminated_leaves_no_folder(tmp_path, there):
+    if there:
+        (tmp_path / "new").mkdir()
+    code = "import os, signal\nfrom pathlib import Path\nfrom vqhit.files import new_folder\n"
+    code += "with new_folder(Path('new')) as folder:\n    (folder / 'a').touch()\n"
+    code += "    os.kill(os.getpid(), signal.SIGTERM)\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False)
+    assert done.returncode == 128 + 15
+    assert list(tmp_path.rglob("*")) == ([tmp_path / "new"] if there else [])
+
+
 def test_only_a_new_or_empty_folder_is_written(tmp_path):
     (tmp_path / "file").write_bytes(CONTENT)
     (tmp_path / "empty").mkdir()

@@ -9,9 +9,11 @@ import torch
 
 from tests.commands import write_recipe
 from vqhit import ConfigError, VQHiT
+from vqhit.finetune import read_begun_with
 from vqhit.images import from_uint8
 from vqhit.models import VQHiTConfig
 from vqhit.recipe import RunConfig
+from vqhit.run_card import training_facts
 from vqhit.train import Trainer
 
 MADE_OF = ("encoder.", "quant_conv.", "quantizer.")
@@ -156,11 +158,53 @@ def test_a_continued_run_is_bit_equal_and_does_not_look_at_the_source_again(valu
         assert torch.equal(found[name], tensor), name
 
 
+def test_a_decoder_for_frozen_tokens_can_be_trained_on_together_with_its_encoder(values, tmp_path):
+    """The state of the first run's optimizer knows no encoder: it is left out."""
+    trainer(values).run()
+    both = {"run_dir": str(tmp_path / "both"), "init_from": str(tmp_path / "run"), "freeze_tokens": False}
+    begun = trainer(values, **both).state
+    behind = trainer(values).state.model.state_dict()
+    for name, tensor in begun.model.state_dict().items():
+        assert torch.equal(tensor, behind[name]), name
+    assert not begun.optimizers["model"].state_dict()
+    assert begun.optimizers["discriminator"].state_dict()
+
+
+def test_a_convolutional_decoder_trains_alone_too(values, tmp_path, conv_config, source):
+    begun = trainer(values, model=conv_config.to_dict())
+    before = VQHiT.from_pretrained(source)
+    assert all(
+        torch.equal(tensor, before.state_dict()[name]) for name, tensor in begun.state.model.state_dict().items()
+    )
+    after = VQHiT.from_pretrained(begun.run())
+    assert torch.equal(after.encode(images()), before.encode(images()))
+    assert not torch.equal(after.decoder.conv_out.weight, before.decoder.conv_out.weight)
+
+
+def test_settings_of_a_codebooks_training_do_not_matter(values, tmp_path):
+    quantizer = {**values["model"]["quantizer"], "commitment": 1.0, "update": "ema"}
+    begun = trainer(values, model={**values["model"], "quantizer": quantizer}).state
+    source = VQHiT.from_pretrained(tmp_path / "source")
+    assert torch.equal(begun.model.eval().encode(images()), source.encode(images()))
+
+
+def test_there_is_no_term_of_the_codebook_and_the_card_names_none(values):
+    begun = trainer(values)
+    found = begun.train_step(from_uint8(begun.feed.shown()[:4]))
+    assert "codebook" not in found
+    weights = training_facts(begun.config, 1, "someone/base")["Loss weights"]
+    assert "codebook" not in weights
+    assert "reconstruction 1" in weights
+
+
 def test_the_packaged_tokenizer_gets_a_decoder_by_its_configuration(tmp_path, values):
     """As it stands, but on other photographs and without the perceptual network."""
     config = Path(__file__).parent.parent / "configs" / "redecode_tinyimagenet64.yaml"
     changes = [f"data.path={values['data']['path']}", "data.max_bad=0.1", "eval=null", "loss.perceptual=0"]
     begun = Trainer(RunConfig.from_yaml(config, [*changes, f"run_dir={tmp_path / 'run'}", "train.batch_size=2"]))
+    about = read_begun_with(begun.folder)
+    assert about.public == about.address + ", which comes with vqhit" == "vqgan-tiny-64, which comes with vqhit"
+    assert about.taken == ["its encoder and codebook, which stay as they are"]
     source = VQHiT.from_pretrained("vqgan-tiny-64")
     photos = source.preprocess(sorted((tmp_path / "photos").glob("[0-9].jpg")))
     assert torch.equal(begun.state.model.eval().encode(photos), source.encode(photos))
@@ -169,6 +213,9 @@ def test_the_packaged_tokenizer_gets_a_decoder_by_its_configuration(tmp_path, va
 def test_what_cannot_be_is_named(values, tmp_path, conv_config):
     with pytest.raises(ConfigError, match="freeze_tokens: which ones\\? init_from names the tokenizer"):
         trainer(values, init_from=None)
+    generator = {"kind": "hit_generator", "latent_dim": 4, "backbone": values["model"]["decoder"]}
+    with pytest.raises(ConfigError, match="freeze_tokens: a generator has no tokens"):
+        trainer(values, model=generator, loss={})
     with pytest.raises(ConfigError, match=r"restart_codes_after moves codes, which freeze_tokens keeps; set it to 0"):
         trainer(values, train={**values["train"], "restart_codes_after": 5})
     with pytest.raises(ConfigError, match=r"is another one \(decoder\..*there, .* now"):

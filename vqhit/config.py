@@ -109,7 +109,7 @@ class Config(BaseModel):
 
 
 _repr = reprlib.Repr()
-_repr.maxlevel, _repr.maxstring, _repr.maxother = 3, 200, 200
+_repr.maxlevel, _repr.maxstring, _repr.maxother = 2, 200, 200
 _shown = _repr.repr
 """A value in a message: YAML's aliases make small files of values that are endless when written out."""
 
