@@ -1,6 +1,6 @@
 """Exported files beside eager mode: python docs/time_exports.py MODEL [BATCH]...
 
-MODEL is a tokenizer's name, or a preset (vqhit-b-256), whose weights and statistics are then random. Prints the size of
+MODEL is a tokenizer's name, or a preset (vqhit-b-256), whose weights are then random. Prints the size of
 each file, how far it is from eager mode, and milliseconds of an image on the CPU, by batch size (1 and 8 if none are
 given): all in one process, in turns, with the same number of threads; medians.
 """
@@ -15,6 +15,7 @@ import torch
 from vqhit import VQHiT, VQHiTConfig
 from vqhit.bench import time_in_turns
 from vqhit.export import PARTS, SUFFIXES, export, load_runner, sample_inputs
+from vqhit.layers import reestimate_batch_norm
 from vqhit.tables import print_table
 
 ROUNDS = 5
@@ -22,16 +23,13 @@ CPU = torch.device("cpu")
 
 
 def load(name):
-    """A trained tokenizer, or a preset none of whose tensors is all 0 or 1."""
+    """A trained tokenizer, or a preset with random weights and batch norm's statistics of them."""
     if not name.startswith("vqhit-") or not name.endswith("-256"):
         return VQHiT.from_pretrained(name)
     torch.manual_seed(0)
-    model = VQHiT(VQHiTConfig.preset(name)).eval()
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            if tensor.is_floating_point():
-                tensor.mul_(1 + 0.1 * torch.rand_like(tensor)).add_(0.01 * torch.rand_like(tensor))
-    return model
+    model = VQHiT(VQHiTConfig.preset(name))
+    reestimate_batch_norm(model, [sample_inputs(model, "encoder", 2)])
+    return model.eval()
 
 
 def main(name, batches):

@@ -149,6 +149,16 @@ def test_other_sizes_are_refused_naming_the_nearest(side, message):
         model.decode(torch.zeros(1, 16, 12, dtype=torch.int64))
 
 
+def test_a_skip_of_three_codes_sees_those_around_and_none_further():
+    model = VQHiT(config().model_copy(update={"stem": StemConfig(skip=True, skip_kernel=3)}))
+    codes = torch.randn(1, 8, 16, 16)
+    (gradient,) = torch.autograd.grad(model.stem(codes.requires_grad_())[2][0, 5, 9].sum(), codes)
+    assert (gradient[0] != 0).any(0).nonzero().tolist() == [[y, x] for y in (4, 5, 6) for x in (8, 9, 10)]
+    assert 0.5 < model.stem(0.2 * codes)[2].std() < 2
+    with pytest.raises(ValueError, match="skip_kernel 3: there is no skip; set skip too"):
+        StemConfig(skip_kernel=3)
+
+
 @pytest.mark.parametrize("size", [32, 96, 128])
 def test_a_trained_model_reconstructs_other_sizes_about_as_well_as_its_own(size):
     """Smaller images of the same photographs have finer detail: 2 dB less at half the size, more at larger ones."""

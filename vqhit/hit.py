@@ -306,6 +306,15 @@ class StemConfig(Config):
 
     latent_grid: Count = 4
     skip: Flag = False
+    skip_kernel: Literal[1, 3] = 1
+    """3: the skip is a convolution over 3x3 codes, for an encoder that was trained with a convolutional decoder: such a
+    one spreads what it says of a place over the tokens around it (measured: README, Tokenizers of others)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.skip_kernel > 1 and not self.skip:
+            raise ValueError(f"skip_kernel {self.skip_kernel}: there is no skip; set skip too")
+        return self
 
 
 class CodeStem(nn.Module):
@@ -331,11 +340,16 @@ class CodeStem(nn.Module):
         if backbone.cross_attention:
             self.token_projection = Linear(self.token_factor**2 * code_dim, widths[0])
             self.tokens = LatentTokens(config.latent_grid**2, widths[0], backbone.norm)
-        self.skip = Linear(code_dim, widths[1]) if config.skip else None
+        self.skip: nn.Linear | nn.Conv2d | None = None
+        if config.skip_kernel > 1:
+            self.skip = nn.Conv2d(code_dim, widths[1], config.skip_kernel, padding=config.skip_kernel // 2)
+            self.skip.bias = nn.Parameter(torch.zeros(widths[1]))
+        elif config.skip:
+            self.skip = Linear(code_dim, widths[1])
         for layer in self._projections():
-            nn.init.normal_(layer.weight, std=1 / (code_std * math.sqrt(layer.in_features)))
+            nn.init.normal_(layer.weight, std=1 / (code_std * math.sqrt(layer.weight[0].numel())))
 
-    def _projections(self) -> Iterable[Linear]:
+    def _projections(self) -> Iterable[nn.Linear | nn.Conv2d]:
         return filter(None, (self.feature_map, self.token_projection, self.skip))
 
     @torch.no_grad()
@@ -345,6 +359,7 @@ class CodeStem(nn.Module):
             layer.weight.mul_(factor)
 
     def forward(self, codes: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        skip = self.skip(codes).permute(0, 2, 3, 1) if isinstance(self.skip, nn.Conv2d) else None
         codes = codes.permute(0, 2, 3, 1)
         feature_map = self.feature_map(space_to_depth(codes, self.feature_factor))
         tokens = None
@@ -353,4 +368,4 @@ class CodeStem(nn.Module):
             if patches.shape[1:3] != (self.latent_grid, self.latent_grid):
                 patches = F.adaptive_avg_pool2d(patches.permute(0, 3, 1, 2), self.latent_grid).permute(0, 2, 3, 1)
             tokens = self.tokens(self.token_projection(patches.flatten(1, 2)))
-        return feature_map, tokens, None if self.skip is None else self.skip(codes)
+        return feature_map, tokens, self.skip(codes) if isinstance(self.skip, nn.Linear) else skip
