@@ -112,8 +112,9 @@ def test_every_kind_of_codebook_and_every_option_of_hit_is_exported(tiny_config,
     decoder = HiTConfig(**{**tiny_config.decoder.to_dict(), **changes})
     config = tiny_config.model_copy(update={"quantizer": QuantizerConfig(**codebook), "decoder": decoder})
     model = lively(config)
-    export(model, tmp_path / "out", format="onnx")  # which takes the program of the other format
-    equal, largest = encoded_and_decoded(model, tmp_path / "out", ".onnx", batches=(7,))
+    format = "onnx" if "sim_vq" in name else "torch"  # the quicker
+    export(model, tmp_path / "out", format=format)
+    equal, largest = encoded_and_decoded(model, tmp_path / "out", exporting.SUFFIXES[format], batches=(7,))
     assert equal == [1]
     assert max(largest) < 1e-5
 
