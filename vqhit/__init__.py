@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from vqhit.images import ImageError as ImageError
     from vqhit.models import HiTGenerator as HiTGenerator
     from vqhit.models import HiTGeneratorConfig as HiTGeneratorConfig
-    from vqhit.models import VQHiT as VQHiT
-    from vqhit.models import VQHiTConfig as VQHiTConfig
-    from vqhit.models import VQHiTOutput as VQHiTOutput
     from vqhit.quantizer import Quantized as Quantized
+    from vqhit.tokenizer import VQHiT as VQHiT
+    from vqhit.tokenizer import VQHiTConfig as VQHiTConfig
+    from vqhit.tokenizer import VQHiTOutput as VQHiTOutput
 
 _MODULES = {
     "ConfigError": "vqhit.config",
@@ -24,9 +24,9 @@ _MODULES = {
     "HiTGeneratorConfig": "vqhit.models",
     "ImageError": "vqhit.images",
     "Quantized": "vqhit.quantizer",
-    "VQHiT": "vqhit.models",
-    "VQHiTConfig": "vqhit.models",
-    "VQHiTOutput": "vqhit.models",
+    "VQHiT": "vqhit.tokenizer",
+    "VQHiTConfig": "vqhit.tokenizer",
+    "VQHiTOutput": "vqhit.tokenizer",
 }
 __all__ = ["__version__", *_MODULES]
 
