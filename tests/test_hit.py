@@ -223,7 +223,8 @@ def test_how_far_a_pixel_is_seen_after_each_block(changes, reached):
         cut = copy.deepcopy(stage)
         cut.blocks = cut.blocks[:depth]
         with torch.no_grad():
-            difference = cut(moved, tokens, None)[0] - cut(x, tokens, None)[0]
+            given = cut.given(tokens, 8, 8)
+            difference = cut(moved, None, given)[0] - cut(x, None, given)[0]
         found.append(int((difference.abs().amax(3) > 1e-12).sum()))
     assert found == reached
 

@@ -68,9 +68,9 @@ def test_multi_axis_attention(units, case):
 @pytest.mark.parametrize("case", ["cross_mq", "cross_mh"])
 def test_cross_attention_in_blocked_and_in_image_layout(units, case):
     attention = load(CrossAttention(width=32, heads=4, token_width=24, multi_query=case == "cross_mq"), units, case)
-    queries, tokens = units[f"{case}/q"], units[f"{case}/v"][:, 0]
-    close(attention(queries, tokens), units[f"{case}/out"])
-    close(attention(queries.reshape(2, 8, 8, 32), tokens).reshape(2, 4, 16, 32), units[f"{case}/out"])
+    queries, memory = units[f"{case}/q"], attention.memory(units[f"{case}/v"][:, 0])
+    close(attention(queries, memory), units[f"{case}/out"])
+    close(attention(queries.reshape(2, 8, 8, 32), memory).reshape(2, 4, 16, 32), units[f"{case}/out"])
 
 
 def attention_by_hand(attention, x, axes):
@@ -102,9 +102,10 @@ def test_self_attention_along_every_choice_of_axes(axes):
 
 def test_rgb_head_in_eval_and_train_mode(units):
     head = load(ToRGB(16, "batch"), units, "rgb")
-    close(head(units["rgb/x"], units["rgb/skip"]), units["rgb/eval"])
-    close(head(units["rgb/x"], None), units["rgb/eval_noskip"])
-    close(head.train()(units["rgb/x"], units["rgb/skip"]), units["rgb/train"], atol=3e-6)
+    image = units["rgb/skip"].movedim(-1, 1)
+    close(head(units["rgb/x"], image).movedim(1, -1), units["rgb/eval"])
+    close(head(units["rgb/x"], None).movedim(1, -1), units["rgb/eval_noskip"])
+    close(head.train()(units["rgb/x"], image).movedim(1, -1), units["rgb/train"], atol=3e-6)
     close(head.norm.running_mean, units["rgb/after/norm.moving_mean"])
     close(head.norm.running_var, units["rgb/after/norm.moving_variance"])
 
@@ -112,7 +113,8 @@ def test_rgb_head_in_eval_and_train_mode(units):
 def test_the_image_so_far_is_doubled_by_repeating_pixels(units):
     head = ToRGB(16, "batch").eval()
     nn.init.zeros_(head.linear.weight)
-    assert torch.equal(head(torch.zeros(2, 8, 8, 16), units["upsample/in"]), units["upsample/out"])
+    image, doubled = (units[f"upsample/{name}"].movedim(-1, 1) for name in ("in", "out"))
+    assert torch.equal(head(torch.zeros(2, 8, 8, 16), image), doubled)
 
 
 def test_batch_norm_of_the_last_axis(units):

@@ -7,8 +7,8 @@ vectors (the VQ-HiT decoder). Where the paper and its official TensorFlow code p
 
 import math
 from collections.abc import Iterable
-from itertools import pairwise
-from typing import Literal, Self
+from itertools import pairwise, product
+from typing import Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -21,16 +21,21 @@ from vqhit.layers import (
     Axis,
     CrossAttentionBlock,
     Linear,
+    Memory,
     Norm,
     SelfAttentionBlock,
     block,
     build_norm,
     depth_to_space,
+    fold_norm,
+    fold_norm_back,
     space_to_depth,
     truncated_normal_,
     unblock,
+    works_in_cache,
 )
 
+_BAND_PIXELS = 4096
 FIRST_SIZE = 8
 """Height and width of the first feature map, in every HiT."""
 
@@ -151,26 +156,67 @@ class HiTConfig(Config):
         return cls(widths=widths, depths=depths, heads=_HEADS[: len(widths)], block_sizes=block_sizes)
 
 
+class MLPToRGB(nn.Module):
+    """The last MLP and the RGB head after it, which alone reads it, multiplied: (B, H, W, C) -> (B, 3, H, W).
+
+    W_rgb (x + W2 h + b2) + b_rgb = W_rgb x + (W_rgb W2) h + b: three rows of products in place of C. Both are folded.
+    """
+
+    def __init__(self, mlp: MLP, to_rgb: "ToRGB") -> None:
+        super().__init__()
+        self.mlp, self.to_rgb = mlp, to_rgb
+        rgb, fc2 = to_rgb.linear, mlp.fc2
+        weight = rgb.weight.double()
+        self.linear = nn.Linear(fc2.in_features, 3, device=rgb.weight.device, dtype=rgb.weight.dtype)
+        self.linear.weight.copy_(weight @ fc2.weight.double())
+        self.linear.bias.copy_(weight @ fc2.bias.double())
+        del mlp.fc2
+
+    def forward(self, x: Tensor, image: Tensor | None) -> Tensor:
+        return self.to_rgb(x, image) + _to_planes(self.linear, self.mlp.hidden(x))
+
+
 class ToRGB(nn.Module):
-    """Norm and linear to RGB, plus the image of the stage before, doubled (nearest): (B, H, W, C) -> (B, H, W, 3)."""
+    """Norm and linear to RGB, plus the image of the stage before, doubled (nearest): (B, H, W, C) -> (B, 3, H, W)."""
 
     def __init__(self, width: int, norm: Norm) -> None:
         super().__init__()
         self.norm = build_norm(norm, width)
         self.linear = Linear(width, 3)
 
+    def fold(self) -> None:
+        """Move the norm into the linear layer."""
+        self.norm = fold_norm(self.norm, [self.linear])
+
     def forward(self, x: Tensor, image: Tensor | None) -> Tensor:
-        rgb = self.linear(self.norm(x))
-        if image is None:
-            return rgb
-        return rgb + image.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+        rgb = _to_planes(self.linear, self.norm(x))
+        return rgb if image is None else rgb + F.interpolate(image, scale_factor=2)
+
+
+def _to_planes(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A linear layer whose outputs lie in planes: (B, H, W, C) -> (B, K, H, W)."""
+    planes = torch.matmul(layer.weight, x.flatten(1, 2).transpose(1, 2)) + layer.bias.unsqueeze(1)
+    return planes.unflatten(2, x.shape[1:3])
+
+
+class Given(NamedTuple):
+    """What a stage needs besides the map."""
+
+    positions: Tensor
+    """(H, W, C): the stage's own, or interpolated (bicubic) to the size of the map."""
+    memory: Memory
+    """Of the latent tokens; empty without cross-attention."""
+
+    def part(self, image: int, rows: slice) -> "Given":
+        """What is needed for some rows of one image of the batch."""
+        return Given(self.positions[rows], tuple(tensor[image : image + 1] for tensor in self.memory))
 
 
 class Stage(nn.Module):
     """One stage: position embedding, cross-attention block, self-attention blocks or MLPs: (B, H, W, C) -> the same.
 
     Low-resolution stages are brought once into the layout of their attention, and back once; the others add to the
-    image so far. On a map of another size than its own, a stage's position embedding is interpolated.
+    image so far, and work on each pixel by itself.
     """
 
     def __init__(self, config: HiTConfig, index: int) -> None:
@@ -190,17 +236,17 @@ class Stage(nn.Module):
             else MLP(width, norm)
             for number in range(config.depths[index])
         )
-        self.to_rgb = None if low_resolution else ToRGB(width, norm)
+        self.to_rgb: ToRGB | MLPToRGB | None = None if low_resolution else ToRGB(width, norm)
 
-    def forward(self, x: Tensor, tokens: Tensor | None, image: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        height, width = x.shape[1:3]
-        x = x + _resized(self.position_embedding, height, width)
+    def forward(self, x: Tensor, image: Tensor | None, given: Given) -> tuple[Tensor, Tensor | None]:
+        height = x.shape[1]
+        x = x + given.positions
         if self.block_size is not None:
             x = block(x, self.block_size)
         elif self.one_block:
             x = x.flatten(1, 2).unsqueeze(1)
         if self.cross is not None:
-            x = self.cross(x, tokens)
+            x = self.cross(x, given.memory)
         for layer in self.blocks:
             x = layer(x)
         if self.block_size is not None:
@@ -209,14 +255,18 @@ class Stage(nn.Module):
             x = x.squeeze(1).unflatten(1, (height, -1))
         return x, image if self.to_rgb is None else self.to_rgb(x, image)
 
+    def given(self, tokens: Tensor | None, height: int, width: int) -> Given:
+        """What the stage needs for maps of this size, with the latent tokens (B, T, D) of their images."""
+        memory = () if self.cross is None or tokens is None else self.cross.attention.memory(tokens)
+        return Given(self._positions(height, width), memory)
 
-def _resized(positions: Tensor, height: int, width: int) -> Tensor:
-    """Position embeddings for a map of another size: (h, w, C) -> (height, width, C), bicubic."""
-    if positions.shape[:2] == (height, width):
-        return positions
-    channels_first = positions.permute(2, 0, 1).unsqueeze(0).float()
-    resized = F.interpolate(channels_first, (height, width), mode="bicubic")
-    return resized.squeeze(0).permute(1, 2, 0).to(positions.dtype)
+    def _positions(self, height: int, width: int) -> Tensor:
+        positions = self.position_embedding
+        if positions.shape[:2] == (height, width):
+            return positions
+        channels_first = positions.permute(2, 0, 1).unsqueeze(0).float()
+        resized = F.interpolate(channels_first, (height, width), mode="bicubic")
+        return resized.squeeze(0).permute(1, 2, 0).to(positions.dtype)
 
 
 class HiTBackbone(nn.Module):
@@ -234,6 +284,18 @@ class HiTBackbone(nn.Module):
             nn.Identity() if before // 4 == after else Linear(before // 4, after) for before, after in pairwise(widths)
         )
 
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Move all norms into the linear layers that read them, and the last MLP into the RGB head: for inference."""
+        for module in self.modules():
+            if isinstance(module, MLP | SelfAttentionBlock | CrossAttentionBlock | ToRGB):
+                module.fold()
+        last = self.stages[-1]
+        assert isinstance(last, Stage)
+        blocks = list(last.blocks)
+        if blocks and isinstance(blocks[-1], MLP) and isinstance(last.to_rgb, ToRGB):
+            last.blocks, last.to_rgb = nn.ModuleList(blocks[:-1]), MLPToRGB(blocks[-1], last.to_rgb)
+
     @property
     def last_layer(self) -> Linear:
         """The last stage's layer to RGB, against whose weight VQGAN's adaptive loss weight is taken."""
@@ -246,15 +308,46 @@ class HiTBackbone(nn.Module):
 
         `skip` (B, 16, 16, C1), if any, is added to the map that enters the second stage (`stem.skip`).
         """
-        image: Tensor | None = None
+        height, width = x.shape[1:3]
+        given = []
         for index, stage in enumerate(self.stages):
+            assert isinstance(stage, Stage)
+            given.append(stage.given(tokens, height << index, width << index))
+        whole = max(2, len(self.config.block_sizes)) if works_in_cache(self, x) else len(self.stages)
+        x, image = self._run(x, None, given[:whole], skip=skip)
+        if len(given) > whole:
+            return self._in_bands(x, image, given[whole:])
+        assert image is not None  # HiTConfig: the last stage always has an RGB head
+        return image
+
+    def _run(
+        self, x: Tensor, image: Tensor | None, given: list[Given], first: int = 0, skip: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Some stages in a row, those of `given`, from the one of number `first` on."""
+        for index, own in enumerate(given, first):
             if index > 0:
                 x = self.upsamplings[index - 1](depth_to_space(x))
             if index == 1 and skip is not None:
                 x = x + skip
-            x, image = stage(x, tokens, image)
-        assert image is not None  # HiTConfig: the last stage always has an RGB head
-        return image.permute(0, 3, 1, 2).contiguous()
+            x, image = self.stages[index](x, image, own)
+        return x, image
+
+    def _in_bands(self, x: Tensor, image: Tensor | None, given: list[Given]) -> Tensor:
+        """The last stages, those of `given`, on a few rows at a time: -> (B, 3, H, W).
+
+        They work on each pixel by itself. What passes between their layers then stays in a processor's cache.
+        """
+        factor, first = 1 << len(given), len(self.stages) - len(given)
+        batch, height, width = x.shape[:3]
+        out = x.new_empty(batch, 3, height * factor, width * factor)
+        rows = max(1, _BAND_PIXELS // (width * factor**2))
+        for number, top in product(range(batch), range(0, height, rows)):
+            band = (slice(number, number + 1), slice(top, top + rows))
+            parts = [own.part(number, slice(top << shift, top + rows << shift)) for shift, own in enumerate(given, 1)]
+            _, made = self._run(x[band], None if image is None else image[number, None, :, band[1]], parts, first)
+            assert made is not None
+            out[number, :, top * factor : (top + rows) * factor] = made
+        return out
 
 
 class LatentTokens(nn.Module):
@@ -267,6 +360,10 @@ class LatentTokens(nn.Module):
         super().__init__()
         self.position_embedding = nn.Parameter(truncated_normal_(torch.empty(num_tokens, width)))
         self.norm = build_norm(norm, width)
+
+    def fold(self, projection: nn.Linear) -> None:
+        """Move batch norm into the projection and the positions."""
+        self.norm = fold_norm_back(self.norm, projection, self.position_embedding)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(x + self.position_embedding)
@@ -289,6 +386,11 @@ class NoiseStem(nn.Module):
         if backbone.cross_attention:
             self.token_projection = Linear(latent_dim, self.num_tokens * width)
             self.tokens = LatentTokens(self.num_tokens, width, backbone.norm)
+
+    def fold(self) -> None:
+        """Move the norm of the tokens into their projection."""
+        if self.tokens is not None:
+            self.tokens.fold(self.token_projection)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
         feature_map = self.feature_map(z).unflatten(1, (FIRST_SIZE, FIRST_SIZE, -1))
@@ -357,6 +459,11 @@ class CodeStem(nn.Module):
         """Multiply the weights of the linear layers: for codes that are wider or narrower than `code_std`."""
         for layer in self._projections():
             layer.weight.mul_(factor)
+
+    def fold(self) -> None:
+        """Move the norm of the tokens into their projection."""
+        if self.tokens is not None and self.token_projection is not None:
+            self.tokens.fold(self.token_projection)
 
     def forward(self, codes: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         skip = self.skip(codes).permute(0, 2, 3, 1) if isinstance(self.skip, nn.Conv2d) else None

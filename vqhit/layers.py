@@ -93,12 +93,70 @@ class BatchNorm(nn.BatchNorm1d):
         return torch.addcmul(self.bias - mean * scale, exact, scale).to(rows.dtype)
 
 
+@torch.no_grad()
+def fold_norm(norm: nn.Module, readers: Iterable[nn.Linear]) -> nn.Module:
+    """Move a norm's scale and shift into the linear layers that read it; returns what is left of it.
+
+    Exact but for rounding: nothing is left of batch norm, as it is in eval mode; of layer norm all but the affine part.
+    """
+    scale, shift, rest = _scale_and_shift(norm)
+    for reader in readers:
+        reader.bias.copy_(reader.bias.double() + reader.weight.double() @ shift)
+        reader.weight.copy_(reader.weight.double() * scale)
+    return rest
+
+
+@torch.no_grad()
+def fold_norm_back(norm: nn.Module, source: nn.Linear, *added: Tensor) -> nn.Module:
+    """Move batch norm into the linear layer, and what is added to its output, that the norm reads; else nothing."""
+    if not isinstance(norm, BatchNorm):
+        return norm
+    scale, shift, rest = _scale_and_shift(norm)
+    source.weight.copy_(source.weight.double() * scale.unsqueeze(1))
+    source.bias.copy_(source.bias.double() * scale + shift)
+    for tensor in added:
+        tensor.copy_(tensor.double() * scale)
+    return rest
+
+
+def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor, nn.Module]:
+    if isinstance(norm, nn.LayerNorm):
+        rest = nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False)
+        return norm.weight.double(), norm.bias.double(), rest
+    assert isinstance(norm, BatchNorm)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
+    return scale, norm.bias.double() - norm.running_mean.double() * scale, nn.Identity()
+
+
 Norm = Literal["batch", "layer"]
 
 
 def build_norm(kind: Norm, channels: int) -> nn.Module:
     """Normalisation of the last axis: batch, or layer with the official code's epsilon 1e-6 (appendix A.1, Table 8)."""
     return BatchNorm(channels) if kind == "batch" else nn.LayerNorm(channels, eps=1e-6)
+
+
+_CACHED_VALUES = 1 << 19
+"""What a pass over pixels may hold of them between its layers: 2 MiB in float32, of the size of processors' caches."""
+
+
+def works_in_cache(module: nn.Module, x: Tensor) -> bool:
+    """Whether to pass few pixels at a time through several layers: on the CPU, in eval mode, without gradients.
+
+    In training mode batch norm needs all pixels at once; a compiler sees to its own order.
+    """
+    lean = x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return lean and not module.training
+
+
+def add_linear(x: Tensor, update: Tensor, layer: nn.Linear) -> Tensor:
+    """x + layer(update), in one product that adds to its result where it may: (..., C), (..., K) -> (..., C)."""
+    if not works_in_cache(layer, x) or torch.is_autocast_enabled("cpu"):
+        return x + layer(update)
+    out = (x + layer.bias).flatten(0, -2)
+    return out.addmm_(update.flatten(0, -2), layer.weight.t()).view(x.shape)
 
 
 @contextmanager
@@ -196,24 +254,52 @@ class SelfAttention(nn.Module):
         return heads if heads.shape[3] == 1 else heads.chunk(len(self.axes), dim=3)[number]
 
 
+Memory = tuple[Tensor, ...]
+"""What a cross-attention reads of the latent tokens, each (B, ...)."""
+
+
 class CrossAttention(nn.Module):
-    """Cross-attention of every pixel to the latent tokens (section 3.3): (B, ..., C), (B, T, D) -> (B, ..., C)."""
+    """Cross-attention of every pixel to the latent tokens (section 3.3): (B, ..., C), (B, T, D) -> (B, ..., C).
+
+    All pixels of an image read the same few tokens. Where these are few enough, query and key layer are multiplied
+    before a pixel is touched, and value and output layer too: a pixel passes two matrices of C x heads T instead of two
+    of C x C and its attention.
+    """
 
     def __init__(self, width: int, heads: int, token_width: int, multi_query: bool = True) -> None:
         super().__init__()
-        self.head_width = width // heads
+        self.heads, self.head_width = heads, width // heads
         shared = self.head_width if multi_query else width
         self.query = Linear(width, width)
         self.key = Linear(token_width, shared)
         self.value = Linear(token_width, shared)
         self.output = Linear(width, width)
 
-    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
-        queries, keys, values = (
-            rearrange(heads, "b ... (h d) -> b 1 (...) h d", d=self.head_width)
-            for heads in (self.query(x), self.key(tokens), self.value(tokens))
-        )
-        return self.output(_attend(queries, keys, values).reshape(x.shape))
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        """Attention of (B, ..., C), given what `memory` returned of the tokens."""
+        if len(memory) == 2:
+            queries = self._heads(self.query(x).flatten(1, -2)).unsqueeze(1)
+            return self.output(_attend(queries, *memory).reshape(x.shape))
+        to_logits, logits_bias, from_weights = memory
+        logits = torch.baddbmm(logits_bias, x.flatten(1, -2), to_logits)
+        weights = logits.unflatten(-1, (self.heads, -1)).softmax(-1).flatten(-2)
+        return torch.baddbmm(self.output.bias, weights, from_weights).view(x.shape)
+
+    def memory(self, tokens: Tensor) -> Memory:
+        """What pixels read of the tokens (B, T, D): matrices to and from their weights, or else keys and values."""
+        keys, values = (self._heads(project(tokens)) for project in (self.key, self.value))
+        if tokens.shape[1] * (self.heads - 1) > self.heads * self.head_width:
+            return keys.unsqueeze(1), values.unsqueeze(1)
+        keys, values = (heads.expand(-1, -1, self.heads, -1) for heads in (keys, values))
+        query = self.query.weight.unflatten(0, (self.heads, -1)) * self.head_width**-0.5
+        query_bias = self.query.bias.unflatten(0, (self.heads, -1)) * self.head_width**-0.5
+        to_logits = torch.einsum("bthd,hdc->bcht", keys, query).flatten(2)
+        logits_bias = torch.einsum("bthd,hd->bht", keys, query_bias).flatten(1).unsqueeze(1)
+        from_weights = torch.einsum("bthd,chd->bhtc", values, self.output.weight.unflatten(1, (self.heads, -1)))
+        return to_logits, logits_bias, from_weights.flatten(1, 2)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_width))
 
 
 class MLP(nn.Module):
@@ -229,7 +315,19 @@ class MLP(nn.Module):
         self.fc2 = Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.fc2(F.gelu(self.fc1(self.norm(x))))
+        if not works_in_cache(self, x):
+            return add_linear(x, self.hidden(x), self.fc2)
+        parts = x.flatten(0, -2).split(max(1, _CACHED_VALUES // self.fc1.out_features))
+        return torch.cat([add_linear(part, self.hidden(part), self.fc2) for part in parts]).view(x.shape)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """GELU(fc1(norm(x))): (..., C) -> (..., 4C)."""
+        hidden = self.fc1(self.norm(x))
+        return F.gelu(hidden) if torch.is_grad_enabled() else torch.ops.aten.gelu_(hidden)
+
+    def fold(self) -> None:
+        """Move the norm into `fc1`."""
+        self.norm = fold_norm(self.norm, [self.fc1])
 
 
 class SelfAttentionBlock(nn.Module):
@@ -251,9 +349,13 @@ class SelfAttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.mlp(x + self.attention(self.norm(x)))
 
+    def fold(self) -> None:
+        """Move the norm into the attention's input layers."""
+        self.norm = fold_norm(self.norm, [self.attention.query, self.attention.key, self.attention.value])
+
 
 class CrossAttentionBlock(nn.Module):
-    """x + attention(norm(x), tokens), then the MLP: (B, ..., C), (B, T, D) -> (B, ..., C)."""
+    """x + attention(norm(x), tokens), then the MLP: (B, ..., C) and what `attention.memory` gives -> (B, ..., C)."""
 
     def __init__(
         self, width: int, heads: int, token_width: int, multi_query: bool = True, norm: Norm = "batch"
@@ -263,5 +365,9 @@ class CrossAttentionBlock(nn.Module):
         self.attention = CrossAttention(width, heads, token_width, multi_query)
         self.mlp = MLP(width, norm)
 
-    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
-        return self.mlp(x + self.attention(self.norm(x), tokens))
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        return self.mlp(x + self.attention(self.norm(x), memory))
+
+    def fold(self) -> None:
+        """Move the norm into the attention's query layer."""
+        self.norm = fold_norm(self.norm, [self.attention.query])

@@ -52,6 +52,10 @@ class HiTGenerator(Generator):
         self.stem = NoiseStem(config.latent_dim, config.backbone)
         self.backbone = HiTBackbone(config.backbone)
 
+    def _optimize(self) -> None:
+        self.stem.fold()
+        self.backbone.fold()
+
     def _images(self, z: Tensor) -> Tensor:
         return self.backbone(*self.stem(z))
 

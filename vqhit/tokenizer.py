@@ -190,6 +190,14 @@ pictures[0].save("reconstruction.png")""",
             self.backbone = HiTBackbone(config.decoder)
         self.tokens_frozen = False
 
+    def _optimize(self) -> None:
+        self.encoder.to(memory_format=torch.channels_last)
+        if isinstance(self.config.decoder, ConvDecoderConfig):
+            self.decoder.to(memory_format=torch.channels_last)
+        else:
+            self.stem.fold()
+            self.backbone.fold()
+
     def freeze_tokens(self) -> None:
         """Make training leave all that tokens come from as it is, `token_parts`: only the decoder trains.
 
