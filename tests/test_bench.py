@@ -1,44 +1,12 @@
-"""The benchmark: which generators, in turns, the paper's numbers beside ours; no time is asserted."""
-
-import json
-from pathlib import Path
+"""The instruments that compare speeds; no time is asserted."""
 
 import pytest
 import torch
+from torch import nn
 
-from vqhit.bench import bench_generators, gflops, paper_generators, time_in_turns
-from vqhit.hit import HiTConfig
-from vqhit.models import HiTGenerator, HiTGeneratorConfig
-from vqhit.recipe import RunConfig
+from vqhit.bench import check_counts, count_gflops, images_per_s, peak_mib, ratio_of_speeds, time_in_turns
 
-CONFIGS = Path(__file__).parent.parent / "configs"
-
-
-def test_the_generators_are_those_of_the_configurations():
-    """And their sizes those of the paper, but for HiT-S, where it disagrees with itself."""
-    files = {
-        "hit-s-256": "table7_hit_s_bcr",
-        "hit-b-256": "table7_hit_b_bcr",
-        "hit-l-256": "table7_hit_l_bcr",
-        "hit-l-128": "full_model",
-        "INR": "table5_inr",
-        "cross-attention only": "table5_cross_attention",
-        "full attention": "table5_all_to_all",
-        "axial attention": "table5_axial",
-        "blocked attention": "table5_blocked",
-        "interleaved attention": "table5_interleaved",
-        "multi-axis, unbalanced": "table5_multi_axis",
-        "attention in 1 stage": "table6_1_stage",
-        "attention in 2 stages": "table6_2_stages",
-        "attention in 3 stages": "table6_3_stages",
-    }
-    generators = paper_generators()
-    assert generators.keys() == files.keys()
-    for name, (config, published) in generators.items():
-        assert config == RunConfig.from_yaml(CONFIGS / "ablations" / f"{files[name]}.yaml").model, name
-        with torch.device("meta"):
-            millions = sum(p.numel() for p in HiTGenerator(config).parameters()) / 1e6
-        assert round(millions, 2) == (34.73 if name == "hit-s-256" else published.millions), name
+CPU = torch.device("cpu")
 
 
 def test_parts_run_in_turns_and_once_before_they_are_timed(monkeypatch):
@@ -57,48 +25,57 @@ def test_parts_run_in_turns_and_once_before_they_are_timed(monkeypatch):
 
     monkeypatch.setattr("vqhit.bench.time.perf_counter", lambda: clock[0])
     parts = {"a": part("a", 1.0), "b": part("b", 2.0)}
-    assert time_in_turns(parts, 3, torch.device("cpu"), on_done) == {"a": [1.0] * 3, "b": [2.0] * 3}
+    assert time_in_turns(parts, 3, CPU, on_done) == {"a": [1.0] * 3, "b": [2.0] * 3}
     assert calls == ["a", "a", "b", "b"] * 3
     assert done == ["a", "b"] * 3
 
 
-@pytest.fixture
-def small(monkeypatch, tiny_generator_config):
-    """The paper's generators at 16 px, under their names."""
-    monkeypatch.setattr("vqhit.bench._BASES", {16: "hit-l-128"})
-    shrunk = {name: (tiny_generator_config, published) for name, (_, published) in paper_generators().items()}
-    monkeypatch.setattr("vqhit.bench.paper_generators", lambda: shrunk)
+def test_rates_are_images_by_seconds():
+    assert images_per_s([1.0, 4.0, 2.0], 8) == {
+        "images_per_s": 4.0,
+        "images_per_s_lowest": 2.0,
+        "images_per_s_highest": 8.0,
+    }
 
 
-@pytest.mark.usefixtures("small")
-def test_the_result_has_a_row_for_each_generator_and_a_protocol():
-    results = bench_generators(device=torch.device("cpu"), batch_size=2, rounds=2)
-    assert json.loads(json.dumps(results)) == results
-    rows = {row["name"]: row for row in results["generators"]}
-    assert len(rows) == 14
-    for row in rows.values():
-        assert 0 < row["images_per_s_lowest"] <= row["images_per_s"] <= row["images_per_s_highest"]
-        assert row["relative"] == pytest.approx(row["images_per_s"] / rows["hit-l-128"]["images_per_s"])
-    assert rows["INR"]["paper_relative"] == pytest.approx(110.39 / 75.33)
-    assert rows["full attention"]["paper_relative"] is None
-    assert {"device", "threads", "batch_size", "rounds", "torch", "vqhit"} <= results["protocol"].keys()
+def test_ratios_are_of_each_round():
+    """A machine that is slower in one round is so for both: the ratio of medians would be 1."""
+    found = ratio_of_speeds("relative", seconds=[1.0, 2.0, 8.0], base=[2.0, 8.0, 2.0])
+    assert found == {"relative": 2.0, "relative_lowest": 0.25, "relative_highest": 4.0}
 
 
-def test_arithmetic_is_counted_with_attention():
-    """Full attention costs as much more as its longer rows of keys; what a single layer costs is counted by hand."""
-    one = HiTConfig(widths=(32,), depths=(0,), heads=(4,), block_sizes=(), cross_attention=False)
-    assert gflops(HiTGeneratorConfig(latent_dim=8, backbone=one)) == 2 * 64 * (8 * 32 + 32 * 3) / 1e9
-    base = HiTGeneratorConfig.preset("hit-l-128")
-    full, _ = paper_generators()["full attention"]
-    # two blocks a stage: every pixel to every other, two products, where multi-axis has P + G for each
-    extra = sum(
-        2 * 2 * 2 * width * pixels * (pixels - side * side // 2 - pixels // (side * side) // 2)
-        for width, pixels, side in ((1024, 64, 4), (512, 256, 4), (256, 1024, 8), (128, 4096, 8))
-    )
-    assert gflops(full) - gflops(base) == pytest.approx(extra / 1e9, rel=1e-3)
+MIB = 2**18  # numbers of float32
 
 
-@pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("rounds", 0)])
-def test_impossible_numbers_are_refused(name, value):
-    with pytest.raises(ValueError, match=f"{name} is 0; allowed: 1 or more"):
-        bench_generators(device=torch.device("cpu"), **{name: value})
+def chain():
+    """Of 4, 8 and 2 MiB; at most two are there at once."""
+    first = torch.empty(4 * MIB)
+    second = torch.empty(8 * MIB)
+    del first
+    third = torch.empty(2 * MIB)
+    del second
+    return third
+
+
+def test_peak_memory_of_a_known_chain():
+    held = torch.empty(16 * MIB)  # before the call: not its own
+    assert peak_mib(chain, CPU) == peak_mib(chain, CPU) == 12
+    assert peak_mib(lambda: (torch.neg(chain()), held), CPU) == 12
+    assert peak_mib(lambda: torch.neg(torch.neg(torch.neg(held))), CPU) == 32
+    assert peak_mib(lambda: [torch.empty(MIB) for _ in range(3)], CPU) == 3
+
+
+def test_peak_memory_in_place_is_that_of_one_tensor():
+    held = torch.ones(MIB)
+    assert peak_mib(lambda: torch.neg(held).neg_().neg_(), CPU) == 1
+
+
+def test_arithmetic_is_counted_by_hand():
+    layer, x = nn.Conv2d(3, 5, kernel_size=3, padding=1), torch.zeros(2, 3, 8, 8)
+    assert count_gflops(lambda: layer(x)) == 2 * (2 * 8 * 8) * 5 * (3 * 3 * 3) / 1e9
+
+
+def test_counts_are_one_or_more():
+    check_counts(rounds=1)
+    with pytest.raises(ValueError, match="rounds is 0; allowed: 1 or more"):
+        check_counts(batch_size=1, rounds=0)

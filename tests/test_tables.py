@@ -1,6 +1,6 @@
 """Tables show every number in full on a terminal of 80 columns."""
 
-from vqhit.tables import evaluation_rows, print_table
+from vqhit.tables import evaluation_rows, print_table, speed_row
 
 EVERYTHING = {
     "rfid": 126.378,
@@ -35,3 +35,33 @@ def test_an_evaluation_with_every_metric_is_shown_in_full(capsys, monkeypatch):
         "14567.8",
     ):
         assert value in printed
+
+
+def test_a_comparison_of_speeds_is_shown_in_full(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    row = {
+        "contender": "taming compiled",
+        "precision": "bfloat16",
+        "images_per_s": 1234.5678,
+        "relative": 12.345,
+        "relative_lowest": 11.111,
+        "relative_highest": 13.579,
+        "relative_in_mode": 10.987,
+        "gflops": 1234.56,
+        "gflops_per_s": 234567.8,
+        "peak_mib": 45678.9,
+        "compile_s": 345.6,
+        "tokens_differing": None,
+        "largest_difference": 0.0123,
+    }
+    tokens = row | {"tokens_differing": 0.98765, "largest_difference": None}
+    nothing = tokens | {"compile_s": None, "tokens_differing": None}
+    print_table("a title", [speed_row("reconstruct", values) for values in (row, tokens, nothing)])
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    assert max(map(len, printed.splitlines())) <= 120
+    expected = "reconstruct taming compiled bfloat16 1235 12.35 11.11-13.58 10.99 1234.6 234568 45679"
+    first, second, third = (" ".join(line.split()) for line in printed.splitlines() if "reconstruct" in line)
+    assert first == f"{expected} 346 1e-02"
+    assert second == f"{expected} 346 98.77%"
+    assert third == f"{expected} - -"

@@ -1,122 +1,29 @@
-"""Speed of models, side by side: one process, in turns, medians with their spread, the paper's numbers beside ours."""
+"""Instruments that compare speeds: parts timed in turns in one process, their rates and ratios, arithmetic, memory."""
 
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from vqhit import __version__
-from vqhit.hit import HiTConfig
-from vqhit.models import HiTGenerator, HiTGeneratorConfig
-from vqhit.progress import ProgressBar
 
 
-class Published(NamedTuple):
-    """What the paper says of a generator."""
-
-    table: str
-    millions: float
-    """Parameters."""
-    images_per_s: float | None
-    """On one V100; None where it says out of memory."""
-
-
-def _of(preset: str, **changes: Any) -> HiTGeneratorConfig:
-    config = HiTGeneratorConfig.preset(preset)
-    backbone = HiTConfig(**{**config.backbone.to_dict(), **changes})
-    return HiTGeneratorConfig(latent_dim=config.latent_dim, backbone=backbone)
-
-
-def paper_generators() -> dict[str, tuple[HiTGeneratorConfig, Published]]:
-    """The generators of Table 4, and the variants of hit-l-128 of Tables 5 and 6; names say what is not the default.
-
-    In Table 5 one number of images/s stands for the blocked, interleaved and unbalanced rows together.
-    """
-    unblocked: tuple[None, ...] = (None,) * 4
-    return {
-        "hit-s-256": (_of("hit-s-256"), Published("4", 38.01, 86.64)),
-        "hit-b-256": (_of("hit-b-256"), Published("4", 46.22, 52.09)),
-        "hit-l-256": (_of("hit-l-256"), Published("4", 97.46, 20.67)),
-        "hit-l-128": (_of("hit-l-128"), Published("5, 6", 67.60, 75.33)),
-        "INR": (_of("hit-l-128", block_sizes=(), cross_attention=False), Published("5", 42.68, 110.39)),
-        "cross-attention only": (_of("hit-l-128", block_sizes=()), Published("5, 6", 61.55, 82.67)),
-        "full attention": (_of("hit-l-128", attention="full", block_sizes=unblocked), Published("5", 67.60, None)),
-        "axial attention": (_of("hit-l-128", attention="axial", block_sizes=unblocked), Published("5", 67.60, 74.21)),
-        "blocked attention": (_of("hit-l-128", attention="blocked"), Published("5", 67.60, 75.54)),
-        "interleaved attention": (_of("hit-l-128", attention="interleaved"), Published("5", 67.60, 75.54)),
-        "multi-axis, unbalanced": (_of("hit-l-128", block_sizes=(8, 8, 8, 8)), Published("5", 67.60, 75.54)),
-        "attention in 1 stage": (_of("hit-l-128", block_sizes=(4,)), Published("6", 66.01, 80.88)),
-        "attention in 2 stages": (_of("hit-l-128", block_sizes=(4, 4)), Published("6", 67.19, 80.22)),
-        "attention in 3 stages": (_of("hit-l-128", block_sizes=(4, 4, 8)), Published("6", 67.52, 78.06)),
-    }
-
-
-def bench_generators(*, device: torch.device, batch_size: int = 4, rounds: int = 5) -> dict[str, Any]:
-    """Images/s of the paper's generators with random weights: eager, float32, eval mode, TF32 as torch has it.
-
-    Each round times one run of every model, in turns. Returns a dict for
-    JSON: `generators`, a dict each, and `protocol`. `relative` is to hit-b-256 or hit-l-128, by resolution, and so is
-    `paper_relative`.
-    """
-    for name, number, least in (("batch_size", batch_size, 1), ("rounds", rounds, 1)):
-        if number < least:
-            raise ValueError(f"{name} is {number}; allowed: {least} or more")
-    chosen = paper_generators()
-    torch.manual_seed(0)
-    models = {name: HiTGenerator(config).eval().to(device) for name, (config, _) in chosen.items()}
-    with ProgressBar("bench", len(models) * rounds) as bar:
-        seconds = time_in_turns(
-            {name: _forward(model, batch_size) for name, model in models.items()},
-            rounds,
-            device,
-            on_done=lambda: bar.advance(2 * batch_size),
-        )
-    rows: list[dict[str, Any]] = []
-    for name, (config, published) in chosen.items():
-        times = seconds[name]
-        rows.append(
-            {
-                "name": name,
-                "resolution": config.image_size,
-                "parameters_millions": round(sum(p.numel() for p in models[name].parameters()) / 1e6, 2),
-                "gflops": round(gflops(config), 2),
-                "images_per_s": batch_size / statistics.median(times),
-                "images_per_s_lowest": batch_size / max(times),
-                "images_per_s_highest": batch_size / min(times),
-                "paper_table": published.table,
-                "paper_parameters_millions": published.millions,
-                "paper_images_per_s": published.images_per_s,
-            }
-        )
-    for row in rows:
-        base = next(other for other in rows if other["name"] == _BASES[row["resolution"]])
-        row["relative"] = row["images_per_s"] / base["images_per_s"]
-        paper = row["paper_images_per_s"]
-        row["paper_relative"] = None if paper is None else paper / base["paper_images_per_s"]
-    return {"generators": rows, "protocol": _protocol(device, batch_size, rounds)}
-
-
-_BASES = {256: "hit-b-256", 128: "hit-l-128"}
-
-
-def _forward(model: HiTGenerator, batch_size: int) -> Callable[[], None]:
-    z = torch.randn(batch_size, model.latent_dim).to(next(model.parameters()))
-
-    @torch.no_grad()
-    def run() -> None:
-        model(z)
-
-    return run
+def check_counts(**counts: int) -> None:
+    """Raise `ValueError` naming the first number that is not 1 or more."""
+    for name, number in counts.items():
+        if number < 1:
+            raise ValueError(f"{name} is {number}; allowed: 1 or more")
 
 
 def time_in_turns(
-    parts: dict[str, Callable[[], None]],
+    parts: Mapping[str, Callable[[], object]],
     rounds: int,
     device: torch.device,
     on_done: Callable[[], None] = lambda: None,
@@ -129,13 +36,18 @@ def time_in_turns(
     for _ in range(rounds):
         for name, part in parts.items():
             part()
-            _wait(device)
-            started = time.perf_counter()
-            part()
-            _wait(device)
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(seconds_of(part, device))
             on_done()
     return seconds
+
+
+def seconds_of(part: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, what it asked of the device included."""
+    _wait(device)
+    started = time.perf_counter()
+    part()
+    _wait(device)
+    return time.perf_counter() - started
 
 
 def _wait(device: torch.device) -> None:
@@ -143,14 +55,52 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def gflops(config: HiTGeneratorConfig) -> float:
-    """Counted arithmetic of one image in GFLOPs, two per multiply-add: matrix products, attention's included."""
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        HiTGenerator(config).eval()(torch.empty(1, config.latent_dim))
+def images_per_s(seconds: list[float], images: int) -> dict[str, float]:
+    """Rate of calls that each took so many images: of the median time, lowest and highest."""
+    return {
+        "images_per_s": images / statistics.median(seconds),
+        "images_per_s_lowest": images / max(seconds),
+        "images_per_s_highest": images / min(seconds),
+    }
+
+
+def ratio_of_speeds(name: str, seconds: list[float], base: list[float]) -> dict[str, float]:
+    """How many times as fast as `base`, round by round: median, lowest and highest, under names that begin so."""
+    ratios = [theirs / ours for ours, theirs in zip(seconds, base, strict=True)]
+    return {name: statistics.median(ratios), f"{name}_lowest": min(ratios), f"{name}_highest": max(ratios)}
+
+
+def count_gflops(run: Callable[[], object]) -> float:
+    """Counted arithmetic of a call in GFLOPs, two per multiply-add: convolutions, matrix products, attention's."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        run()
     return counter.get_total_flops() / 1e9
 
 
-def _protocol(device: torch.device, batch_size: int, rounds: int) -> dict[str, Any]:
+def peak_mib(run: Callable[[], object], device: torch.device) -> float:
+    """Most memory that a call holds at once beyond what was held before it, its result included, in MiB.
+
+    It is what torch's allocator hands out, exact and the same each time: not the scratch space that oneDNN or MKL take
+    for themselves, nor what the allocator keeps in reserve.
+    """
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it says on standard error that there is no GPU
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak / 2**20
+
+
+def protocol(device: torch.device, batch_size: int, rounds: int) -> dict[str, Any]:
+    """How and on what it was measured, for a JSON file."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
@@ -158,9 +108,7 @@ def _protocol(device: torch.device, batch_size: int, rounds: int) -> dict[str, A
         "batch_size": batch_size,
         "rounds": rounds,
         "order": "in turns, each after a run that is not counted; medians",
-        "mode": "eager, eval, float32, random weights",
         "tf32": torch.backends.cuda.matmul.allow_tf32,
-        "paper": "one V100; batch size and precision not stated",
         "vqhit": __version__,
         "torch": torch.__version__,
     }

@@ -1,6 +1,5 @@
 """The `vqhit` command. Heavy imports stay inside the commands, so that `--help` is quick."""
 
-import json
 import os
 import sys
 import time
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from vqhit.cli_bench import bench
 from vqhit.cli_convert import convert
 from vqhit.cli_eval import evaluate
 from vqhit.cli_export import export
@@ -242,34 +242,7 @@ app.command()(tokenize)
 app.command()(detokenize)
 app.add_typer(convert)
 app.command()(export)
-
-
-@app.command()
-def bench(
-    what: Annotated[str, typer.Argument(help="generators: those of the paper's Tables 4, 5 and 6.")],
-    out: Annotated[Path, typer.Option("--out", help="JSON file to write.")] = Path("bench.json"),
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 4,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Times that each model is timed.")] = 5,
-    device: Device = "auto",
-) -> None:
-    """Time models side by side: one process, in turns, random weights; the paper's numbers beside ours.
-
-    Example: vqhit bench generators
-    """
-    from vqhit.bench import bench_generators
-    from vqhit.files import check_writable, write_atomic
-    from vqhit.hub import select_device
-    from vqhit.tables import bench_row, print_table
-
-    if what != "generators":
-        raise ValueError(f"found {what!r}; allowed: generators")
-    check_writable(out)
-    results = bench_generators(device=select_device(device), batch_size=batch_size, rounds=rounds)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out, (json.dumps(results, indent=2) + "\n").encode())
-    title = f"{results['protocol']['device']}, batch {batch_size}, eager float32, {rounds} rounds in turns"
-    print_table(title, [bench_row(row) for row in results["generators"]])
-    print(f"{out}: the same, with the protocol")
+app.command()(bench)
 
 
 @app.command()

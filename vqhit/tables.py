@@ -12,6 +12,7 @@ METRICS = {
     "lpips": ("LPIPS (VGG)", ".4f"),
 }
 """What each number of an evaluation is called, and its digits."""
+_WIDEST = 120
 
 
 def print_table(title: str, rows: list[dict[str, str]]) -> None:
@@ -26,7 +27,10 @@ def print_table(title: str, rows: list[dict[str, str]]) -> None:
     for row in rows:
         made.add_row(*row.values())
     print(title)
-    Console().print(made)
+    console = Console()
+    if not console.is_terminal:  # a file has no width, and rich would take 80
+        console.width = max(console.width, _WIDEST)
+    console.print(made)
 
 
 def evaluation_rows(results: dict[str, Any]) -> list[dict[str, str]]:
@@ -59,5 +63,26 @@ def bench_row(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+def speed_row(subject: str, row: dict[str, Any]) -> dict[str, str]:
+    """A contender of a comparison of speeds; what differs are a share of the tokens, or values of images at most."""
+    differs = _number(row["largest_difference"], ".0e")
+    if row["tokens_differing"] is not None:
+        differs = f"{row['tokens_differing']:.2%}"
+    return {
+        "": subject,
+        "contender": row["contender"],
+        "preci-\nsion": row["precision"],
+        "images\n/s": f"{row['images_per_s']:.4g}",
+        "ratio": f"{row['relative']:.2f}",
+        "lowest to\nhighest": f"{row['relative_lowest']:.2f}-{row['relative_highest']:.2f}",
+        "same\nmode": f"{row['relative_in_mode']:.2f}",
+        "GFLOPs\n/image": f"{row['gflops']:.1f}",
+        "GFLOP\n/s": f"{row['gflops_per_s']:.0f}",
+        "peak\nMiB": f"{row['peak_mib']:.0f}",
+        "com-\npile s": _number(row["compile_s"], ".0f"),
+        "differs": differs,
+    }
+
+
+def _number(value: float | None, digits: str = ".2f") -> str:
+    return "-" if value is None else format(value, digits)

@@ -76,7 +76,8 @@ class ConvDecoderConfig(_Convolutions):
         return self
 
 
-def _taming_arguments(config: _Convolutions, resolution: int) -> dict[str, object]:
+def taming_arguments(config: _Convolutions, resolution: int) -> dict[str, object]:
+    """Sizes as the arguments of taming's own encoder and decoder."""
     return {
         "ch": config.channels,
         "out_ch": 3,
@@ -93,7 +94,7 @@ class Encoder(taming.Encoder):
     """Image to latents: (B, 3, H, W) -> (B, z_channels, H/f, W/f)."""
 
     def __init__(self, config: EncoderConfig, resolution: int) -> None:
-        super().__init__(**_taming_arguments(config, resolution), double_z=False)
+        super().__init__(**taming_arguments(config, resolution), double_z=False)
 
     def forward(self, x: Tensor) -> Tensor:
         eager = not torch.compiler.is_compiling()  # which is also true while a model is exported
@@ -113,7 +114,7 @@ class ConvDecoder(taming.Decoder):
 
     def __init__(self, config: ConvDecoderConfig) -> None:
         with redirect_stdout(StringIO()):  # taming prints the shape of its latents
-            super().__init__(**_taming_arguments(config, config.resolution))
+            super().__init__(**taming_arguments(config, config.resolution))
 
     @property
     def last_layer(self) -> nn.Conv2d:

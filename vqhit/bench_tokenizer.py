@@ -1,0 +1,244 @@
+"""Speed and memory of a tokenizer beside taming-transformers' VQGAN: the same work by its own modules, in turns."""
+
+from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
+from copy import deepcopy
+from functools import partial
+from io import StringIO
+from typing import Any
+
+import torch
+from taming.modules.diffusionmodules import model as taming
+from taming.modules.vqvae.quantize import VectorQuantizer
+from torch import Tensor, nn
+
+from vqhit.bench import (
+    check_counts,
+    count_gflops,
+    images_per_s,
+    peak_mib,
+    protocol,
+    ratio_of_speeds,
+    seconds_of,
+    time_in_turns,
+)
+from vqhit.export import sample_inputs
+from vqhit.layers import reestimate_batch_norm
+from vqhit.models import VQHiT, VQHiTConfig
+from vqhit.progress import ProgressBar
+from vqhit.vqgan import ConvDecoderConfig, taming_arguments
+
+SUBJECTS = {"decode": ("decode",), "encode": ("encode",), "reconstruct": ("encode", "decode")}
+"""What is timed, and which methods it consists of."""
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Of weights and inputs, on both sides."""
+COUNTED = {"taming compiled": "taming eager", "vqhit compiled": "vqhit optimized"}
+"""The eager twins of what is compiled."""
+
+
+class TamingVQGAN(nn.Module):
+    """taming's own modules as its VQModel composes them, with the encoder and codebook of a model: the same tokens.
+
+    The decoder has that encoder's sizes and random weights; if the model's own is VQGAN's, its sizes and its weights.
+    """
+
+    def __init__(self, model: VQHiT) -> None:
+        super().__init__()
+        config = model.config
+        if config.quantizer.kind != "vq" or config.quantizer.normalize:
+            kind = config.quantizer.kind + ", normalised" * config.quantizer.normalize
+            raise ValueError(f"the model's codebook is {kind}; taming's, to compare with, is vq, not normalised")
+        self.same_decoder = isinstance(config.decoder, ConvDecoderConfig)
+        decoder = config.decoder if isinstance(config.decoder, ConvDecoderConfig) else config.encoder
+        codes, dim = config.quantizer.codebook_size, config.quantizer.dim
+        self.encoder = taming.Encoder(**taming_arguments(config.encoder, config.image_size), double_z=False)
+        self.quant_conv = nn.Conv2d(config.encoder.z_channels, dim, kernel_size=1)
+        self.quantize = VectorQuantizer(codes, dim, beta=0.25)
+        self.post_quant_conv = nn.Conv2d(dim, decoder.z_channels, kernel_size=1)
+        with redirect_stdout(StringIO()):  # taming prints the shape of its latents
+            self.decoder = taming.Decoder(**taming_arguments(decoder, config.image_size))
+        names = {"quantizer.codebook": "quantize.embedding.weight"}
+        own = self.state_dict()
+        shared = {names.get(name, name): tensor for name, tensor in model.state_dict().items()}
+        self.load_state_dict(own | {name: tensor for name, tensor in shared.items() if name in own})
+        self.to(model.quant_conv.weight).eval()
+
+    @property
+    def compiled_parts(self) -> list[nn.Module]:
+        """As those of `VQHiT`."""
+        return [self.encoder, self.post_quant_conv, self.decoder]
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, h, w) int64; its quantizer also makes the codes."""
+        latents = self.quant_conv(self.encoder(images))
+        _, _, (_, _, tokens) = self.quantize(latents)
+        return tokens.view(len(images), *latents.shape[2:])
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """(B, h, w) int64 -> (B, 3, H, W), not clamped."""
+        return self._decode(self.quantize.embedding(tokens).movedim(-1, 1).contiguous())
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Its VQModel's forward pass: the quantizer's codes go on to the decoder."""
+        codes, _, _ = self.quantize(self.quant_conv(self.encoder(images)))
+        return self._decode(codes)
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(codes))
+
+
+def check_known(what: str, found: Iterable[str], allowed: Iterable[str]) -> None:
+    """Raise `ValueError` naming the first that is not among those allowed."""
+    for value in found:
+        if value not in allowed:
+            raise ValueError(f"{what} is {value!r}; allowed: {', '.join(allowed)}")
+
+
+def random_tokenizer(preset: str, device: torch.device) -> VQHiT:
+    """A preset with random weights, and batch norm's statistics of them; raises `ValueError` for an unknown name."""
+    config = VQHiTConfig.preset(preset)
+    torch.manual_seed(0)
+    model = VQHiT(config).to(device)
+    reestimate_batch_norm(model, [sample_inputs(model, "encoder", 2).to(device)])
+    return model.eval()
+
+
+def bench_tokenizer(
+    model: VQHiT,
+    subjects: Iterable[str] = tuple(SUBJECTS),
+    *,
+    name: str,
+    precisions: Iterable[str] = ("float32",),
+    batch_size: int = 4,
+    rounds: int = 5,
+    backend: str | None = "inductor",
+) -> dict[str, Any]:
+    """Images/s, arithmetic and memory of a tokenizer beside taming's VQGAN, on the model's device, in eval mode.
+
+    Contenders are both eager, the model after `optimize_for_inference`, and both compiled by `backend`, the model
+    optimized; None leaves these two out. Each round times all of them in turns. Returns a dict for JSON: each subject,
+    a dict for each contender and precision, and `protocol`, where the model is called `name`. Of a contender:
+
+    - `relative` is how many times as fast as taming eager it is, and `relative_in_mode` as taming eager or, of what is
+      compiled, compiled: medians of the rounds' ratios
+    - `tokens_differing`, a share, and `largest_difference`, of images, are to the model eager in that precision; images
+      of other weights have none, and tokens that differ make those of reconstruct differ
+    - `peak_mib` is `peak_mib` of a call; `compile_s` the seconds of first calls, which compile
+    """
+    subjects, precisions = list(dict.fromkeys(subjects)), list(dict.fromkeys(precisions))
+    check_known("subject", subjects, SUBJECTS)
+    check_known("precision", precisions, PRECISIONS)
+    check_counts(batch_size=batch_size, rounds=rounds)
+    device = model.quant_conv.weight.device
+    results: dict[str, Any] = {subject: [] for subject in subjects}
+    contenders = 3 if backend is None else 5
+    with ProgressBar("bench", len(subjects) * len(precisions) * contenders * (1 + rounds)) as bar:
+        for precision in precisions:
+            side = _Side(model, precision, batch_size, backend, on_done=lambda: bar.advance(2 * batch_size))
+            for subject in subjects:
+                results[subject] += side.measure(subject, rounds)
+    more = {
+        "model": name,
+        "resolution": model.config.image_size,
+        "precisions": precisions,
+        "mode": "eval, no gradient; weights and inputs in the precision",
+        "backend": backend,
+        "tf32_convolutions": torch.backends.cudnn.allow_tf32,
+        "peak": "of torch's allocator, above what was held before the call",
+    }
+    return results | {"protocol": protocol(device, batch_size, rounds) | more}
+
+
+class _Side:
+    """All contenders in one precision, and what they are given."""
+
+    def __init__(
+        self, model: VQHiT, precision: str, batch_size: int, backend: str | None, on_done: Callable[[], None]
+    ) -> None:
+        torch.manual_seed(0)
+        model = deepcopy(model).to(PRECISIONS[precision]).eval()
+        theirs = TamingVQGAN(model)
+        self.models: dict[str, Any] = {"taming eager": theirs}
+        if backend is not None:
+            self.models["taming compiled"] = _compiled(deepcopy(theirs), backend)
+        self.models |= {"vqhit eager": model, "vqhit optimized": _optimized(model)}
+        if backend is not None:
+            self.models["vqhit compiled"] = _compiled(_optimized(model), backend)
+        self.precision, self.batch_size, self.on_done = precision, batch_size, on_done
+        self.device = model.quant_conv.weight.device
+        images = sample_inputs(model, "encoder", batch_size).to(model.quant_conv.weight)
+        tokens = sample_inputs(model, "decoder", batch_size).to(self.device)
+        self.given = {"encode": images, "decode": tokens, "reconstruct": images}
+        self.first_calls: dict[tuple[str, str], float] = {}
+        """Seconds, compiling included, by contender and method."""
+
+    def measure(self, subject: str, rounds: int) -> list[dict[str, Any]]:
+        """A dict for each contender."""
+        given = self.given[subject]
+        runs = {name: partial(getattr(model, subject), given) for name, model in self.models.items()}
+        gflops: dict[str, float] = {}
+        checked: dict[str, dict[str, Any]] = {}
+        expected = runs["vqhit eager"]()
+        for name, run in runs.items():
+            compile_s = self._compile(name, subject) if name in COUNTED else None
+            if name not in COUNTED:
+                gflops[name] = count_gflops(partial(getattr(self.models[name], subject), given[:1]))
+            differences = self._differences(name, run(), expected)
+            checked[name] = {"peak_mib": peak_mib(run, self.device), "compile_s": compile_s, **differences}
+            self.on_done()
+        seconds = time_in_turns(runs, rounds, self.device, self.on_done)
+        rows: list[dict[str, Any]] = []
+        for name, taken in seconds.items():
+            speed, counted = images_per_s(taken, self.batch_size), gflops[COUNTED.get(name, name)]
+            same_mode = "taming compiled" if name in COUNTED else "taming eager"
+            rows.append(
+                {
+                    "contender": name,
+                    "precision": self.precision,
+                    **speed,
+                    **ratio_of_speeds("relative", taken, seconds["taming eager"]),
+                    **ratio_of_speeds("relative_in_mode", taken, seconds[same_mode]),
+                    "gflops": counted,
+                    "gflops_per_s": counted * speed["images_per_s"],
+                    **checked[name],
+                }
+            )
+        return rows
+
+    def _compile(self, name: str, subject: str) -> float:
+        for method in SUBJECTS[subject]:
+            if (name, method) not in self.first_calls:
+                run = partial(getattr(self.models[name], method), self.given[method])
+                try:
+                    self.first_calls[name, method] = seconds_of(run, self.device)
+                except RuntimeError as error:
+                    from torch._dynamo.exc import TorchDynamoException
+
+                    if not isinstance(error, TorchDynamoException):
+                        raise
+                    reason = " ".join(str(error).splitlines()[:2])
+                    raise ValueError(f"nothing can be compiled here ({reason}); leave it out, --no-compile") from error
+        return sum(self.first_calls[name, method] for method in SUBJECTS[subject])
+
+    def _differences(self, name: str, found: Tensor, expected: Tensor) -> dict[str, float | None]:
+        none: dict[str, float | None] = {"tokens_differing": None, "largest_difference": None}
+        if not found.is_floating_point():
+            return none | {"tokens_differing": float((found != expected).double().mean())}
+        theirs = self.models[name]
+        if isinstance(theirs, TamingVQGAN) and not theirs.same_decoder:
+            return none
+        return none | {"largest_difference": float((found.clamp(-1, 1).float() - expected.float()).abs().max())}
+
+
+def _optimized(model: VQHiT) -> Any:
+    faster: Any = deepcopy(model)
+    return faster.optimize_for_inference()
+
+
+def _compiled(model: Any, backend: str) -> Any:
+    for part in model.compiled_parts:
+        part.compile(backend=backend)
+    return model
