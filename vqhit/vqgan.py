@@ -162,7 +162,9 @@ def _res_block(module: taming.ResnetBlock, x: Tensor) -> Tensor:
 
 def _attention(module: taming.AttnBlock, x: Tensor) -> Tensor:
     normed = module.norm(x)
-    queries, keys, values = (layer(normed).flatten(2).transpose(1, 2) for layer in (module.q, module.k, module.v))
+    queries, keys, values = (
+        layer(normed).flatten(2).transpose(1, 2).contiguous() for layer in (module.q, module.k, module.v)
+    )
     if torch.compiler.is_exporting():  # ONNX has it in four dimensions only
         queries, keys, values = queries.unsqueeze(1), keys.unsqueeze(1), values.unsqueeze(1)
     out = F.scaled_dot_product_attention(queries, keys, values)
