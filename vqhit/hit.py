@@ -25,6 +25,7 @@ from vqhit.layers import (
     SelfAttentionBlock,
     block,
     build_norm,
+    checkpointed,
     depth_to_space,
     space_to_depth,
     truncated_normal_,
@@ -173,6 +174,9 @@ class Stage(nn.Module):
     image so far. On a map of another size than its own, a stage's position embedding is interpolated.
     """
 
+    recompute = False
+    """Activation checkpointing, block by block; not of the layer to RGB, through which adaptive loss weights pass."""
+
     def __init__(self, config: HiTConfig, index: int) -> None:
         super().__init__()
         size, width, heads, norm = FIRST_SIZE << index, config.widths[index], config.heads[index], config.norm
@@ -200,9 +204,9 @@ class Stage(nn.Module):
         elif self.one_block:
             x = x.flatten(1, 2).unsqueeze(1)
         if self.cross is not None:
-            x = self.cross(x, tokens)
+            x = checkpointed(self.recompute, self.cross, x, tokens)
         for layer in self.blocks:
-            x = layer(x)
+            x = checkpointed(self.recompute, layer, x)
         if self.block_size is not None:
             x = unblock(x, self.block_size, height)
         elif self.one_block:
