@@ -38,7 +38,7 @@ FLOORS = [
     {"tokenizer", "plots"},
     {"models"},
     {"measure", "convert", "convert_vqgan", "objective", "prepare", "bench"},
-    {"protocol", "tokenize"},
+    {"protocol", "tokenize", "bench_train"},
     {"record", "detokenize", "export"},
     {"evaluate"},
     {"recipe"},
