@@ -146,6 +146,7 @@ def compare_training(
     del protocol["paper"]
     protocol |= {
         "mode": f"eager, train, {precision}, random weights and images",
+        "taming": "the same encoder and codebook, VQGAN's decoder: taming's modules, composed as its VQModel",
         "losses": "L2 reconstruction, codebook, perceptual (VGG16 conv4_3, random weights), adversarial; Adam of both",
         "lazy_r1": f"mean of {LAZY_R1} steps: (one with R1 + {LAZY_R1 - 1} without) / {LAZY_R1}; peak: of the one with",
         "peak_mib": "allocated by torch during a step beyond what was before it; gradients included",
