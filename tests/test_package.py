@@ -41,7 +41,7 @@ FLOORS = [
     {"measure", "convert", "convert_vqgan", "objective", "prepare", "bench_generators"},
     {"protocol", "tokenize"},
     {"record", "detokenize", "export"},
-    {"evaluate", "bench_tokenizer"},
+    {"evaluate", "bench_tokenizer", "bench_train"},
     {"recipe"},
     {"feed", "state"},
     {"report", "finetune", "run_card"},

@@ -16,7 +16,7 @@ from vqhit.comparison import Comparison
 from vqhit.frechet import FeatureSums
 from vqhit.hit import HiTConfig
 from vqhit.inception_score import InceptionScore
-from vqhit.layers import BatchNorm
+from vqhit.layers import BatchNorm, checkpointed
 from vqhit.measure import ImageSet, measure, take_pairs, take_pictures, take_reference, take_samples
 from vqhit.recipe import RunConfig
 from vqhit.sources import open_source
@@ -67,7 +67,15 @@ def planted(where):
 
 
 def normalisation():
-    """Outputs, gradients and moving statistics of a batch norm over both processes, beside one over the whole batch."""
+    """Outputs, gradients and moving statistics of a batch norm over both processes, beside one over the whole batch.
+
+    With activation checkpointing the backward pass normalises once more; the statistics move once.
+    """
+    for recompute in (False, True):
+        normalise(recompute)
+
+
+def normalise(recompute):
     torch.manual_seed(0)
     whole, shared = BatchNorm(5).double(), BatchNorm(5).double()
     shared.synchronized = True
@@ -77,7 +85,7 @@ def normalisation():
     (expected * weight).sum().backward()
     mine = slice(4 * distributed.rank(), 4 * distributed.rank() + 4)
     part = x.detach()[mine].requires_grad_()
-    found = shared(part)
+    found = checkpointed(recompute, shared, part)
     (found * weight[mine]).sum().backward()
     for ours, theirs in (
         (found, expected[mine]),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vqhit.config import Config, Count
 from vqhit.discriminator import Conv, Dense
 from vqhit.generator import Generator, generator_kind
-from vqhit.layers import BatchNorm
+from vqhit.layers import BatchNorm, checkpointed
 
 _FIRST_SIZE = 4
 _EPSILON = 1e-5
@@ -106,6 +106,8 @@ class _Attention(nn.Module):
 class ConvNetGenerator(Generator):
     """SAGAN's generator without classes: noise (B, D) -> image (B, 3, H, W) in [-1, 1]."""
 
+    recompute = False
+    """Activation checkpointing, block by block."""
     config_class = ConvNetGeneratorConfig
     config: ConvNetGeneratorConfig
     model_kind = generator_kind(
@@ -130,5 +132,5 @@ class ConvNetGenerator(Generator):
     def _images(self, z: Tensor) -> Tensor:
         x = self.first_map(z).unflatten(1, (-1, _FIRST_SIZE, _FIRST_SIZE))
         for block in self.blocks:
-            x = block(x)
+            x = checkpointed(self.recompute, block, x)
         return self.to_rgb(F.relu(self.norm(x))).tanh()

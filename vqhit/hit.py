@@ -26,6 +26,7 @@ from vqhit.layers import (
     SelfAttentionBlock,
     block,
     build_norm,
+    checkpointed,
     depth_to_space,
     fold_norm,
     fold_norm_back,
@@ -219,6 +220,9 @@ class Stage(nn.Module):
     image so far, and work on each pixel by itself.
     """
 
+    recompute = False
+    """Activation checkpointing, block by block; not of the layer to RGB, through which adaptive loss weights pass."""
+
     def __init__(self, config: HiTConfig, index: int) -> None:
         super().__init__()
         size, width, heads, norm = FIRST_SIZE << index, config.widths[index], config.heads[index], config.norm
@@ -246,9 +250,9 @@ class Stage(nn.Module):
         elif self.one_block:
             x = x.flatten(1, 2).unsqueeze(1)
         if self.cross is not None:
-            x = self.cross(x, given.memory)
+            x = checkpointed(self.recompute, self.cross, x, given.memory)
         for layer in self.blocks:
-            x = layer(x)
+            x = checkpointed(self.recompute, layer, x)
         if self.block_size is not None:
             x = unblock(x, self.block_size, height)
         elif self.one_block:

@@ -4,14 +4,15 @@ Feature maps are channels-last, (B, H, W, C) or blocked: (B, G, P, C) holds G bl
 Conventions and numbers follow the official TensorFlow code (google-research/hit-gan) wherever the paper leaves a gap.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vqhit import distributed
 
@@ -64,6 +65,9 @@ class BatchNorm(nn.BatchNorm1d):
     which must be equally large (the official code: of each by itself). torch's SyncBatchNorm needs CUDA; this does not.
     """
 
+    recomputing: ClassVar = False
+    """While the backward pass repeats a part of the forward pass, which has already moved the running statistics."""
+
     def __init__(self, channels: int, eps: float = 1e-3) -> None:
         super().__init__(channels, eps=eps, momentum=0.01)
         self.synchronized = False
@@ -72,6 +76,11 @@ class BatchNorm(nn.BatchNorm1d):
         rows = x.reshape(-1, x.shape[-1])
         if self.training and self.synchronized and distributed.world_size() > 1:
             return self._synchronized(rows).view(x.shape)
+        if self.training and BatchNorm.recomputing:
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            thrown_away = self.running_mean.clone(), self.running_var.clone()
+            return F.batch_norm(rows, *thrown_away, self.weight, self.bias, training=True, eps=self.eps).view(x.shape)
         return super().forward(rows).view(x.shape)
 
     def _synchronized(self, rows: Tensor) -> Tensor:
@@ -80,17 +89,21 @@ class BatchNorm(nn.BatchNorm1d):
         means, variances = distributed.gathered(torch.stack([own_mean, own_variance])).unbind(1)
         mean = means.mean(0)
         variance = (variances + (means - mean).square()).mean(0)
-        with torch.no_grad():
-            assert self.num_batches_tracked is not None
-            assert self.running_mean is not None
-            assert self.running_var is not None
-            self.num_batches_tracked.add_(1)
-            count = len(rows) * len(means)
-            weight = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
-            self.running_mean.lerp_(mean.to(self.running_mean), weight)
-            self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var), weight)
+        if not BatchNorm.recomputing:
+            self._move(mean, variance, len(rows) * len(means))
         scale = self.weight * (variance + self.eps).rsqrt()
         return torch.addcmul(self.bias - mean * scale, exact, scale).to(rows.dtype)
+
+    @torch.no_grad()
+    def _move(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        """Move the running statistics towards those of `count` rows."""
+        assert self.num_batches_tracked is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        self.num_batches_tracked.add_(1)
+        weight = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean.to(self.running_mean), weight)
+        self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var), weight)
 
 
 @torch.no_grad()
@@ -157,6 +170,36 @@ def add_linear(x: Tensor, update: Tensor, layer: nn.Linear) -> Tensor:
         return x + layer(update)
     out = (x + layer.bias).flatten(0, -2)
     return out.addmm_(update.flatten(0, -2), layer.weight.t()).view(x.shape)
+
+
+@contextmanager
+def _recomputing() -> Iterator[None]:
+    BatchNorm.recomputing = True
+    try:
+        yield
+    finally:
+        BatchNorm.recomputing = False
+
+
+def checkpointed(recompute: bool, part: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """`part(*inputs)`; with `recompute`, its activations are not kept for the backward pass, which computes them again.
+
+    Losses, gradients and running statistics stay the same (on the CPU to the bit). `part` must draw no random numbers.
+    Batch norm over several processes exchanges its statistics again, all in the same order: the backward pass's.
+    """
+    if not recompute or not torch.is_grad_enabled():
+        return part(*inputs)
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if not torch.compiler.is_compiling():  # compiled code moves running statistics in its forward pass only
+        options["context_fn"] = lambda: (nullcontext(), _recomputing())
+    return checkpoint(part, *inputs, **options)
+
+
+def recompute_activations(model: nn.Module) -> None:
+    """From now on `model` trains with activation checkpointing: less memory, and a second forward pass."""
+    for module in model.modules():
+        if hasattr(module, "recompute"):
+            setattr(module, "recompute", True)  # noqa: B010  (typed as a submodule)
 
 
 @contextmanager

@@ -76,7 +76,10 @@ CHANGEABLE = (
     | {f"eval.features.{key}" for key in FeaturesConfig.model_fields}
     | {f"log.{key}" for key in LogConfig.model_fields}
     | {f"train.{key}_every" for key in ("log", "grid", "checkpoint", "keep")}
-    | {f"train.{key}" for key in ("keep_checkpoints", "max_minutes", "timeout_minutes", "compile")}
+    | {
+        f"train.{key}"
+        for key in ("keep_checkpoints", "max_minutes", "timeout_minutes", "compile", "activation_checkpointing")
+    }
 )
 
 
@@ -96,6 +99,9 @@ class TrainConfig(Config):
     compile: Flag = False
     """`torch.compile` the encoder, the decoder and the perceptual network, or the generator (not D: R1 needs a second
     derivative)."""
+    activation_checkpointing: Flag = False
+    """Keep only the inputs of the blocks of the encoder, decoder or generator for the backward pass, which computes the
+    rest again: less memory, a longer step, the same numbers."""
     log_every: Count = 50
     grid_every: NonNegativeInt = 1000
     checkpoint_every: NonNegativeInt = 1000

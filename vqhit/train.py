@@ -27,7 +27,7 @@ from vqhit.folder import DataError
 from vqhit.generator import Generator, Purpose, draw_noise
 from vqhit.hub import select_device
 from vqhit.images import from_uint8
-from vqhit.layers import BatchNorm, reestimate_batch_norm
+from vqhit.layers import BatchNorm, recompute_activations, reestimate_batch_norm
 from vqhit.models import VQHiT, VQHiTOutput
 from vqhit.objective import GANLossConfig, GANObjective, LossConfig, TokenizerObjective
 from vqhit.perceptual import check_image_size, perceptual_network
@@ -83,6 +83,8 @@ class Trainer:
     def _objective(self, perceptual: torch.nn.Module | None) -> TokenizerObjective | GANObjective:
         """The losses of the model, whose parts are compiled after the average's copy was made, which is not."""
         loss, state, train = self.config.loss, self.state, self.config.train
+        if train.activation_checkpointing:
+            recompute_activations(state.model)
         if train.compile:
             for part in [*state.model.compiled_parts, *([] if perceptual is None else [perceptual])]:
                 part.compile()

@@ -16,6 +16,7 @@ from taming.modules.diffusionmodules import model as taming
 from torch import Tensor, nn
 
 from vqhit.config import Config, ConfigError, Count, Layers
+from vqhit.layers import checkpointed
 
 _GROUPS = 32
 MAX_RESOLUTION = 4096  # as HiT's
@@ -93,6 +94,9 @@ def taming_arguments(config: _Convolutions, resolution: int) -> dict[str, object
 class Encoder(taming.Encoder):
     """Image to latents: (B, 3, H, W) -> (B, z_channels, H/f, W/f)."""
 
+    recompute = False
+    """Activation checkpointing, layer by layer of each level."""
+
     def __init__(self, config: EncoderConfig, resolution: int) -> None:
         super().__init__(**taming_arguments(config, resolution), double_z=False)
 
@@ -103,7 +107,7 @@ class Encoder(taming.Encoder):
             return torch.cat([self.forward(image) for image in x.split(1)])
         x = self.conv_in(x)
         for level in self.down:
-            x = _level(level, x)
+            x = _level(level, x, self.recompute)
             if hasattr(level, "downsample"):
                 x = level.downsample(x)
         return self.conv_out(_norm_swish(self.norm_out, _middle(self.mid, x)))
@@ -111,6 +115,9 @@ class Encoder(taming.Encoder):
 
 class ConvDecoder(taming.Decoder):
     """Latents to image: (B, z_channels, H/f, W/f) -> (B, 3, H, W), unclamped."""
+
+    recompute = False
+    """Activation checkpointing, layer by layer of each level."""
 
     def __init__(self, config: ConvDecoderConfig) -> None:
         with redirect_stdout(StringIO()):  # taming prints the shape of its latents
@@ -124,17 +131,17 @@ class ConvDecoder(taming.Decoder):
     def forward(self, z: Tensor) -> Tensor:
         x = _middle(self.mid, self.conv_in(z))
         for level in reversed(self.up):
-            x = _level(level, x)
+            x = _level(level, x, self.recompute)
             if hasattr(level, "upsample"):
                 x = level.upsample(x)
         return self.conv_out(_norm_swish(self.norm_out, x))
 
 
-def _level(level: Any, x: Tensor) -> Tensor:
+def _level(level: Any, x: Tensor, recompute: bool) -> Tensor:
     for index, res_block in enumerate(level.block):
-        x = _res_block(res_block, x)
+        x = checkpointed(recompute, _res_block, res_block, x)
         if level.attn:
-            x = _attention(level.attn[index], x)
+            x = checkpointed(recompute, _attention, level.attn[index], x)
     return x
 
 
