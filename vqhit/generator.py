@@ -5,7 +5,7 @@ from enum import IntEnum
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqhit.card import ModelKind
 from vqhit.hub import Pretrained
@@ -66,11 +66,6 @@ class Generator(Pretrained):
             "Output": f"images of {self.image_size}x{self.image_size} px, in [-1, 1]",
             **super().summary(),
         }
-
-    @property
-    def compiled_parts(self) -> list[nn.Module]:
-        """What `torch.compile` gets."""
-        return [self]
 
     def _images(self, z: Tensor) -> Tensor:
         """Images of noise of the right shape, (B, D) -> (B, 3, H, W)."""

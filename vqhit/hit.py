@@ -19,6 +19,7 @@ from vqhit.config import Config, Count, Depth, Flag
 from vqhit.layers import (
     MLP,
     Axis,
+    Compilable,
     CrossAttentionBlock,
     Linear,
     Memory,
@@ -273,7 +274,7 @@ class Stage(nn.Module):
         return resized.squeeze(0).permute(1, 2, 0).to(positions.dtype)
 
 
-class HiTBackbone(nn.Module):
+class HiTBackbone(Compilable, nn.Module):
     """Algorithm 1 after its stem: map (B, 8, 8, C0), latent tokens (B, T, C0) -> image (B, 3, H, W), unclamped.
 
     Maps of other sizes, multiples of `HiTConfig.first_map_unit`, give images of other sizes.
@@ -318,6 +319,7 @@ class HiTBackbone(nn.Module):
             assert isinstance(stage, Stage)
             given.append(stage.given(tokens, height << index, width << index))
         whole = max(2, len(self.config.block_sizes)) if works_in_cache(self, x) else len(self.stages)
+        self.batched(x, *(() if skip is None else (skip,)), *(tensor for each in given for tensor in each.memory))
         x, image = self._run(x, None, given[:whole], skip=skip)
         if len(given) > whole:
             return self._in_bands(x, image, given[whole:])
@@ -423,7 +425,7 @@ class StemConfig(Config):
         return self
 
 
-class CodeStem(nn.Module):
+class CodeStem(Compilable, nn.Module):
     """Codebook vectors to first map, tokens and skip: (B, C, h, w) -> (B, 8, 8, C0), (B, T, C0), (B, 16, 16, C1).
 
     Ours: the paper (appendix A.5) does not say how a 16x16 grid of codes enters the 8x8 first stage. Each input is the
@@ -470,6 +472,10 @@ class CodeStem(nn.Module):
             self.tokens.fold(self.token_projection)
 
     def forward(self, codes: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        self.batched(codes)
+        return self._run(codes)
+
+    def _run(self, codes: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         skip = self.skip(codes).permute(0, 2, 3, 1) if isinstance(self.skip, nn.Conv2d) else None
         codes = codes.permute(0, 2, 3, 1)
         feature_map = self.feature_map(space_to_depth(codes, self.feature_factor))

@@ -67,18 +67,29 @@ class Pretrained(nn.Module):
     optimized = False
     """Whether `optimize_for_inference` was called."""
 
-    def optimize_for_inference(self) -> Self:
+    def optimize_for_inference(self, *, compile: bool = False) -> Self:
         """Make this model faster, in place, where that cannot be undone; returns it, in eval mode, without gradients.
 
         Batch norm, and layer norm's affine part, go into the linear layers that read them, and layers with nothing
         between them into one: exact but for rounding (1e-5 in images; tokens are the same). Such a model can be neither
-        trained nor saved. Loaded models are not optimised: call it after `from_pretrained`.
+        trained nor saved. Models are not optimised when they are loaded: call it after `from_pretrained`.
+
+        With `compile`, `torch.compile` gets its parts: the first images take minutes, and so do the first ones of
+        another size. Then all batch sizes are the same code (except 1, on a GPU).
         """
         if not self.optimized:
             self.eval().requires_grad_(False)
             self._optimize()
             self.optimized = True
+        if compile:
+            for part in self.compiled_parts:
+                part.compile()
         return self
+
+    @property
+    def compiled_parts(self) -> list[nn.Module]:
+        """What `torch.compile` gets, each by itself."""
+        return [self]
 
     def _optimize(self) -> None:
         """What a class does; nothing by default."""

@@ -151,6 +151,27 @@ def build_norm(kind: Norm, channels: int) -> nn.Module:
     return BatchNorm(channels) if kind == "batch" else nn.LayerNorm(channels, eps=1e-6)
 
 
+class Compilable:
+    """A module of which `compile` gives `_run`, all that costs time, to torch.compile, and not the loop around it.
+
+    Without gradients each batch size but 1 is the same code: what passes is `batched`.
+    """
+
+    _run: Callable[..., Any]
+    _compiled = False
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As `nn.Module.compile`."""
+        self._run = torch.compile(self._run, *args, dynamic=False, **kwargs)
+        self._compiled = True
+
+    def batched(self, *tensors: Tensor) -> None:
+        """Say that the first dimension of tensors may be any."""
+        if self._compiled and not torch.is_grad_enabled():
+            for tensor in tensors:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
 _CACHED_VALUES = 1 << 19
 """What a pass over pixels may hold of them between its layers: 2 MiB in float32, of the size of processors' caches."""
 

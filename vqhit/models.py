@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqhit.config import Config, Count
 from vqhit.convnet import ConvNetGenerator, ConvNetGeneratorConfig
@@ -51,6 +51,11 @@ class HiTGenerator(Generator):
         self.config = config
         self.stem = NoiseStem(config.latent_dim, config.backbone)
         self.backbone = HiTBackbone(config.backbone)
+
+    @property
+    def compiled_parts(self) -> list[nn.Module]:
+        """What `torch.compile` gets: all but a linear layer or two."""
+        return [self.backbone]
 
     def _optimize(self) -> None:
         self.stem.fold()
