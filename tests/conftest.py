@@ -16,9 +16,10 @@ from PIL import Image
 from tests.inception import known_as_published, write_random_inception
 from vqhit import extractors
 from vqhit.cli import main
-from vqhit.hit import HiTConfig, StemConfig
+from vqhit.hit import HiTConfig
 from vqhit.models import HiTGeneratorConfig, VQHiT, VQHiTConfig
 from vqhit.quantizer import QuantizerConfig
+from vqhit.stems import StemConfig
 from vqhit.vqgan import ConvDecoderConfig, EncoderConfig
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))

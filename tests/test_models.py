@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vqhit import HiTGenerator, HiTGeneratorConfig, ImageError, VQHiT, VQHiTConfig
 from vqhit.config import ConfigError
-from vqhit.hit import HiTConfig, StemConfig
+from vqhit.hit import HiTConfig
 from vqhit.quantizer import QuantizerConfig
+from vqhit.stems import StemConfig
 from vqhit.vqgan import EncoderConfig
 
 

@@ -33,7 +33,7 @@ FLOORS = [
         "origin",
     },
     {"vqgan", "quantizer", "hit", "hub", "folder", "discriminator", "extractors"},
-    {"sources", "generator", "comparison", "token_shards"},
+    {"sources", "generator", "comparison", "token_shards", "stems"},
     {"data", "convnet", "doctor", "labels", "token_folder"},
     {"vector_quantize", "codebook", "views"},
     {"tokenizer", "plots"},

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from vqhit import VQHiT, VQHiTConfig
-from vqhit.hit import HiTConfig, StemConfig
+from vqhit.hit import HiTConfig
 from vqhit.images import to_uint8
 from vqhit.metrics import psnr
 from vqhit.quantizer import QuantizerConfig
 from vqhit.sizes import Sizes
+from vqhit.stems import StemConfig
 from vqhit.vqgan import ConvDecoderConfig, EncoderConfig
 
 PHOTOS = [

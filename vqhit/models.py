@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from vqhit.config import Config, Count
 from vqhit.convnet import ConvNetGenerator, ConvNetGeneratorConfig
 from vqhit.generator import Generator, generator_kind
-from vqhit.hit import HiTBackbone, HiTConfig, NoiseStem
+from vqhit.hit import HiTBackbone, HiTConfig
 from vqhit.hub import locate, saved_class
+from vqhit.stems import NoiseStem
 from vqhit.tokenizer import VQHiT as VQHiT
 from vqhit.tokenizer import VQHiTConfig as VQHiTConfig
 from vqhit.tokenizer import VQHiTOutput as VQHiTOutput

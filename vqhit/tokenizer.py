@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from vqhit import images as image_files
 from vqhit.card import ModelKind
 from vqhit.config import Config, ConfigError, of_kind
-from vqhit.hit import FIRST_SIZE, CodeStem, HiTBackbone, HiTConfig, StemConfig
+from vqhit.hit import FIRST_SIZE, HiTBackbone, HiTConfig
 from vqhit.hub import Pretrained
 from vqhit.quantizer import Quantized, QuantizerConfig
 from vqhit.sizes import Sizes
+from vqhit.stems import CodeStem, StemConfig
 from vqhit.vector_quantize import build_quantizer
 from vqhit.vqgan import MAX_RESOLUTION, ConvDecoder, ConvDecoderConfig, Encoder, EncoderConfig
 
