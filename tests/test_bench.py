@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from vqhit.bench import check_counts, count_gflops, images_per_s, peak_mib, ratio_of_speeds, time_in_turns
 
@@ -73,6 +75,26 @@ def test_peak_memory_in_place_is_that_of_one_tensor():
 def test_arithmetic_is_counted_by_hand():
     layer, x = nn.Conv2d(3, 5, kernel_size=3, padding=1), torch.zeros(2, 3, 8, 8)
     assert count_gflops(lambda: layer(x)) == 2 * (2 * 8 * 8) * 5 * (3 * 3 * 3) / 1e9
+
+
+def test_arithmetic_is_counted_forward_and_backward():
+    weight, x = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    assert count_gflops(lambda: (x @ weight.T).sum().backward()) == 3 * 2 * 5 * 4 * 3 / 1e9
+
+
+def test_arithmetic_is_counted_where_a_leafs_gradient_is_asked_for():
+    """FlopCounterMode fails there."""
+    layer, x = nn.Linear(4, 3), torch.randn(5, 4, requires_grad=True)
+    assert count_gflops(lambda: torch.autograd.grad(layer(x).sum(), x)) == 2 * 2 * 5 * 4 * 3 / 1e9
+
+
+def test_arithmetic_is_that_of_torchs_counter(tiny_model):
+    images = torch.rand(1, 3, 16, 16)
+    runs = (lambda: tiny_model.reconstruct(images), lambda: tiny_model(images).reconstruction.sum().backward())
+    for run in runs:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            run()
+        assert count_gflops(run) == counter.get_total_flops() / 1e9
 
 
 def test_counts_are_one_or_more():

@@ -38,7 +38,7 @@ FLOORS = [
     {"vector_quantize", "codebook", "views"},
     {"tokenizer", "plots"},
     {"models"},
-    {"measure", "convert", "convert_vqgan", "objective", "prepare", "bench_generators"},
+    {"measure", "convert", "convert_vqgan", "objective", "prepare", "bench_generators", "peer"},
     {"protocol", "tokenize"},
     {"record", "detokenize", "export"},
     {"evaluate", "bench_tokenizer", "bench_train"},

@@ -1,6 +1,6 @@
 """Tables show every number in full on a terminal of 80 columns."""
 
-from vqhit.tables import evaluation_rows, print_table, speed_row
+from vqhit.tables import evaluation_rows, print_table, speed_row, training_row
 
 EVERYTHING = {
     "rfid": 126.378,
@@ -65,3 +65,24 @@ def test_a_comparison_of_speeds_is_shown_in_full(capsys, monkeypatch):
     assert first == f"{expected} 346 1e-02"
     assert second == f"{expected} 346 98.77%"
     assert third == f"{expected} - -"
+
+
+def test_a_comparison_of_training_is_shown_in_full(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    row = {
+        "contender": "vqhit, activation checkpointing",
+        "precision": "bfloat16",
+        "images_per_s": 1234.5678,
+        "relative": 12.345,
+        "relative_lowest": 11.111,
+        "relative_highest": 13.579,
+        "gflops": 1234.56,
+        "gflops_per_s": 234567.8,
+        "peak_mib": 45678.9,
+    }
+    print_table("a title", [training_row("step, R1 every step", row)])
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 120
+    (line,) = (" ".join(line.split()) for line in printed.splitlines() if "step, R1" in line)
+    expected = "vqhit, activation checkpointing bfloat16 1235 12.35 11.11-13.58 1234.6 234568 45679"
+    assert line == f"step, R1 every step {expected}"

@@ -4,15 +4,20 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from vqhit import __version__
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""What can be compared."""
 
 
 def check_counts(**counts: int) -> None:
@@ -20,6 +25,13 @@ def check_counts(**counts: int) -> None:
     for name, number in counts.items():
         if number < 1:
             raise ValueError(f"{name} is {number}; allowed: 1 or more")
+
+
+def check_known(what: str, found: Iterable[str], allowed: Iterable[str]) -> None:
+    """Raise `ValueError` naming the first that is not among those allowed."""
+    for value in found:
+        if value not in allowed:
+            raise ValueError(f"{what} is {value!r}; allowed: {', '.join(allowed)}")
 
 
 def time_in_turns(
@@ -71,10 +83,26 @@ def ratio_of_speeds(name: str, seconds: list[float], base: list[float]) -> dict[
 
 
 def count_gflops(run: Callable[[], object]) -> float:
-    """Counted arithmetic of a call in GFLOPs, two per multiply-add: convolutions, matrix products, attention's."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    """Counted arithmetic of a call in GFLOPs, two per multiply-add: convolutions, matrix products, attention's.
+
+    A backward pass in it is counted too.
+    """
+    with sdpa_kernel(SDPBackend.MATH), _Counter() as counter:  # not all fused kernels are counted
         run()
-    return counter.get_total_flops() / 1e9
+    return counter.flops / 1e9
+
+
+class _Counter(TorchDispatchMode):
+    """Counts as FlopCounterMode does, whose module hooks fail where `autograd.grad` asks for a leaf's gradient."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += count(*args, **kwargs, out_val=out)
+        return out
 
 
 def peak_mib(run: Callable[[], object], device: torch.device) -> float:

@@ -1,19 +1,17 @@
 """Speed and memory of a tokenizer beside taming-transformers' VQGAN: the same work by its own modules, in turns."""
 
 from collections.abc import Callable, Iterable
-from contextlib import redirect_stdout
 from copy import deepcopy
 from functools import partial
-from io import StringIO
 from typing import Any
 
 import torch
-from taming.modules.diffusionmodules import model as taming
-from taming.modules.vqvae.quantize import VectorQuantizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqhit.bench import (
+    PRECISIONS,
     check_counts,
+    check_known,
     count_gflops,
     images_per_s,
     peak_mib,
@@ -25,76 +23,13 @@ from vqhit.bench import (
 from vqhit.export import sample_inputs
 from vqhit.layers import reestimate_batch_norm
 from vqhit.models import VQHiT, VQHiTConfig
+from vqhit.peer import TamingVQGAN
 from vqhit.progress import ProgressBar
-from vqhit.vqgan import ConvDecoderConfig, taming_arguments
 
 SUBJECTS = {"decode": ("decode",), "encode": ("encode",), "reconstruct": ("encode", "decode")}
 """What is timed, and which methods it consists of."""
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""Of weights and inputs, on both sides."""
 COUNTED = {"taming compiled": "taming eager", "vqhit compiled": "vqhit optimized"}
 """The eager twins of what is compiled."""
-
-
-class TamingVQGAN(nn.Module):
-    """taming's own modules as its VQModel composes them, with the encoder and codebook of a model: the same tokens.
-
-    The decoder has that encoder's sizes and random weights; if the model's own is VQGAN's, its sizes and its weights.
-    """
-
-    def __init__(self, model: VQHiT) -> None:
-        super().__init__()
-        config = model.config
-        if config.quantizer.kind != "vq" or config.quantizer.normalize:
-            kind = config.quantizer.kind + ", normalised" * config.quantizer.normalize
-            raise ValueError(f"the model's codebook is {kind}; taming's, to compare with, is vq, not normalised")
-        self.same_decoder = isinstance(config.decoder, ConvDecoderConfig)
-        decoder = config.decoder if isinstance(config.decoder, ConvDecoderConfig) else config.encoder
-        codes, dim = config.quantizer.codebook_size, config.quantizer.dim
-        self.encoder = taming.Encoder(**taming_arguments(config.encoder, config.image_size), double_z=False)
-        self.quant_conv = nn.Conv2d(config.encoder.z_channels, dim, kernel_size=1)
-        self.quantize = VectorQuantizer(codes, dim, beta=0.25)
-        self.post_quant_conv = nn.Conv2d(dim, decoder.z_channels, kernel_size=1)
-        with redirect_stdout(StringIO()):  # taming prints the shape of its latents
-            self.decoder = taming.Decoder(**taming_arguments(decoder, config.image_size))
-        names = {"quantizer.codebook": "quantize.embedding.weight"}
-        own = self.state_dict()
-        shared = {names.get(name, name): tensor for name, tensor in model.state_dict().items()}
-        self.load_state_dict(own | {name: tensor for name, tensor in shared.items() if name in own})
-        self.to(model.quant_conv.weight).eval()
-
-    @property
-    def compiled_parts(self) -> list[nn.Module]:
-        """As those of `VQHiT`."""
-        return [self.encoder, self.post_quant_conv, self.decoder]
-
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, h, w) int64; its quantizer also makes the codes."""
-        latents = self.quant_conv(self.encoder(images))
-        _, _, (_, _, tokens) = self.quantize(latents)
-        return tokens.view(len(images), *latents.shape[2:])
-
-    @torch.no_grad()
-    def decode(self, tokens: Tensor) -> Tensor:
-        """(B, h, w) int64 -> (B, 3, H, W), not clamped."""
-        return self._decode(self.quantize.embedding(tokens).movedim(-1, 1).contiguous())
-
-    @torch.no_grad()
-    def reconstruct(self, images: Tensor) -> Tensor:
-        """Its VQModel's forward pass: the quantizer's codes go on to the decoder."""
-        codes, _, _ = self.quantize(self.quant_conv(self.encoder(images)))
-        return self._decode(codes)
-
-    def _decode(self, codes: Tensor) -> Tensor:
-        return self.decoder(self.post_quant_conv(codes))
-
-
-def check_known(what: str, found: Iterable[str], allowed: Iterable[str]) -> None:
-    """Raise `ValueError` naming the first that is not among those allowed."""
-    for value in found:
-        if value not in allowed:
-            raise ValueError(f"{what} is {value!r}; allowed: {', '.join(allowed)}")
 
 
 def random_tokenizer(preset: str, device: torch.device) -> VQHiT:

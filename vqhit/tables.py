@@ -84,5 +84,31 @@ def speed_row(subject: str, row: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def training_row(subject: str, row: dict[str, Any]) -> dict[str, str]:
+    """A contender of a comparison of training."""
+    return {
+        "": subject,
+        "contender": row["contender"],
+        "preci-\nsion": row["precision"],
+        "images\n/s": f"{row['images_per_s']:.4g}",
+        "ratio": f"{row['relative']:.2f}",
+        "lowest to\nhighest": f"{row['relative_lowest']:.2f}-{row['relative_highest']:.2f}",
+        "GFLOPs\n/image": f"{row['gflops']:.1f}",
+        "GFLOP\n/s": f"{row['gflops_per_s']:.0f}",
+        "peak\nMiB": f"{row['peak_mib']:.0f}",
+    }
+
+
+def part_row(row: dict[str, Any]) -> dict[str, str]:
+    """A part of a training step."""
+    return {
+        "part": row["part"],
+        "precision": row["precision"],
+        "seconds": f"{row['seconds']:.4g}",
+        "lowest to highest": f"{row['seconds_lowest']:.4g}-{row['seconds_highest']:.4g}",
+        "share": f"{row['share']:.1%}",
+    }
+
+
 def _number(value: float | None, digits: str = ".2f") -> str:
     return "-" if value is None else format(value, digits)
