@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from vqhit.bench import check_counts, count_gflops, images_per_s, peak_mib, ratio_of_speeds, time_in_turns
+from vqhit.bench import (
+    Allocated,
+    allocated,
+    check_counts,
+    count_gflops,
+    images_per_s,
+    peak_mib,
+    ratio_of_speeds,
+    time_in_turns,
+)
 
 CPU = torch.device("cpu")
 
@@ -68,6 +77,10 @@ def test_peak_memory_of_a_known_chain():
 def test_peak_memory_in_place_is_that_of_one_tensor():
     held = torch.ones(MIB)
     assert peak_mib(lambda: torch.neg(held).neg_().neg_(), CPU) == 1
+
+
+def test_all_that_is_allocated_counts_once_freed_too():
+    assert allocated(chain) == Allocated(peak=12 * 2**20, total=14 * 2**20)
 
 
 def test_arithmetic_is_counted_by_hand():
