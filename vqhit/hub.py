@@ -75,8 +75,8 @@ class Pretrained(nn.Module):
         trained nor saved. Loaded models are not optimised: call it after `from_pretrained`.
         """
         if not self.optimized:
-            self.eval().requires_grad_(False)
             self._optimize()
+            self.eval().requires_grad_(False)  # the layers that are new, too
             self.optimized = True
         return self
 
