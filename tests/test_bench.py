@@ -14,6 +14,7 @@ from vqhit.bench import (
     ratio_of_speeds,
     time_in_turns,
 )
+from vqhit.layers import MLP
 
 CPU = torch.device("cpu")
 
@@ -92,3 +93,8 @@ def test_counts_are_one_or_more():
     check_counts(rounds=1)
     with pytest.raises(ValueError, match="rounds is 0; allowed: 1 or more"):
         check_counts(batch_size=1, rounds=0)
+
+
+def test_products_that_add_to_their_result_are_counted():
+    mlp, x = MLP(8).eval(), torch.zeros(5, 8)
+    assert count_gflops(lambda: mlp(x)) == 2 * 5 * (8 * 32 + 32 * 8) / 1e9
