@@ -6,7 +6,17 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vqhit.bench import check_counts, count_gflops, images_per_s, peak_mib, ratio_of_speeds, time_in_turns
+from vqhit.bench import (
+    Allocated,
+    allocated,
+    check_counts,
+    count_gflops,
+    images_per_s,
+    peak_mib,
+    ratio_of_speeds,
+    time_in_turns,
+)
+from vqhit.layers import MLP
 
 CPU = torch.device("cpu")
 
@@ -72,6 +82,10 @@ def test_peak_memory_in_place_is_that_of_one_tensor():
     assert peak_mib(lambda: torch.neg(held).neg_().neg_(), CPU) == 1
 
 
+def test_all_that_is_allocated_counts_once_freed_too():
+    assert allocated(chain) == Allocated(peak=12 * 2**20, total=14 * 2**20)
+
+
 def test_arithmetic_is_counted_by_hand():
     layer, x = nn.Conv2d(3, 5, kernel_size=3, padding=1), torch.zeros(2, 3, 8, 8)
     assert count_gflops(lambda: layer(x)) == 2 * (2 * 8 * 8) * 5 * (3 * 3 * 3) / 1e9
@@ -101,3 +115,8 @@ def test_counts_are_one_or_more():
     check_counts(rounds=1)
     with pytest.raises(ValueError, match="rounds is 0; allowed: 1 or more"):
         check_counts(batch_size=1, rounds=0)
+
+
+def test_products_that_add_to_their_result_are_counted():
+    mlp, x = MLP(8).eval(), torch.zeros(5, 8)
+    assert count_gflops(lambda: mlp(x)) == 2 * 5 * (8 * 32 + 32 * 8) / 1e9

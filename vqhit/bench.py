@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -92,6 +92,10 @@ def count_gflops(run: Callable[[], object]) -> float:
     return counter.flops / 1e9
 
 
+_COUNTED = flop_registry | {torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
+"""torch's own leaves out a product that adds in place."""
+
+
 class _Counter(TorchDispatchMode):
     """Counts as FlopCounterMode does, whose module hooks fail where `autograd.grad` asks for a leaf's gradient."""
 
@@ -100,7 +104,7 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if (count := flop_registry.get(func._overloadpacket)) is not None:
+        if (count := _COUNTED.get(func._overloadpacket)) is not None:
             self.flops += count(*args, **kwargs, out_val=out)
         return out
 
@@ -116,15 +120,30 @@ def peak_mib(run: Callable[[], object], device: torch.device) -> float:
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    return allocated(run).peak / 2**20
+
+
+class Allocated(NamedTuple):
+    """What a call on the CPU asks of torch's allocator, in bytes."""
+
+    peak: int
+    """Most held at once, beyond what was held before."""
+    total: int
+    """All that was handed out, freed or not: what passes through memory."""
+
+
+def allocated(run: Callable[[], object]) -> Allocated:
+    """Count the memory of a call on the CPU, as `peak_mib`."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it says on standard error that there is no GPU
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
+    held = peak = total = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    return peak / 2**20
+        total += max(event.nbytes(), 0)
+    return Allocated(peak, total)
 
 
 def protocol(device: torch.device, batch_size: int, rounds: int) -> dict[str, Any]:

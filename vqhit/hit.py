@@ -287,14 +287,19 @@ class HiTBackbone(Compilable, nn.Module):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Move all norms into the linear layers that read them, and the last MLP into the RGB head: for inference."""
+        """Move all norms into the linear layers that read them, and the last MLP into the RGB head: for inference.
+
+        Not that MLP where layer norm, of which a part stays, is between the two.
+        """
         for module in self.modules():
             if isinstance(module, MLP | SelfAttentionBlock | CrossAttentionBlock | ToRGB):
                 module.fold()
         last = self.stages[-1]
         assert isinstance(last, Stage)
         blocks = list(last.blocks)
-        if blocks and isinstance(blocks[-1], MLP) and isinstance(last.to_rgb, ToRGB):
+        if not (blocks and isinstance(blocks[-1], MLP) and isinstance(last.to_rgb, ToRGB)):
+            return
+        if isinstance(last.to_rgb.norm, nn.Identity):
             last.blocks, last.to_rgb = nn.ModuleList(blocks[:-1]), MLPToRGB(blocks[-1], last.to_rgb)
 
     @property

@@ -78,8 +78,8 @@ class Pretrained(nn.Module):
         another size. Then all batch sizes are the same code (except 1, on a GPU).
         """
         if not self.optimized:
-            self.eval().requires_grad_(False)
             self._optimize()
+            self.eval().requires_grad_(False)  # the layers that are new, too
             self.optimized = True
         if compile:
             for part in self.compiled_parts:

@@ -121,12 +121,16 @@ def fold_norm(norm: nn.Module, readers: Iterable[nn.Linear]) -> nn.Module:
 
 @torch.no_grad()
 def fold_norm_back(norm: nn.Module, source: nn.Linear, *added: Tensor) -> nn.Module:
-    """Move batch norm into the linear layer, and what is added to its output, that the norm reads; else nothing."""
+    """Move batch norm into the linear layer, and what is added to its output, that the norm reads; else nothing.
+
+    The layer may give several vectors, one after the other, each of which the norm reads.
+    """
     if not isinstance(norm, BatchNorm):
         return norm
     scale, shift, rest = _scale_and_shift(norm)
-    source.weight.copy_(source.weight.double() * scale.unsqueeze(1))
-    source.bias.copy_(source.bias.double() * scale + shift)
+    vectors = source.out_features // len(scale)
+    source.weight.copy_(source.weight.double() * scale.repeat(vectors).unsqueeze(1))
+    source.bias.copy_(source.bias.double() * scale.repeat(vectors) + shift.repeat(vectors))
     for tensor in added:
         tensor.copy_(tensor.double() * scale)
     return rest
