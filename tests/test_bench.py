@@ -104,7 +104,7 @@ def test_arithmetic_is_counted_where_a_leafs_gradient_is_asked_for():
 
 def test_arithmetic_is_that_of_torchs_counter(tiny_model):
     images = torch.rand(1, 3, 16, 16)
-    runs = (lambda: tiny_model.reconstruct(images), lambda: tiny_model(images).reconstruction.sum().backward())
+    runs = (lambda: tiny_model.encode(images), lambda: tiny_model(images).reconstruction.sum().backward())
     for run in runs:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             run()

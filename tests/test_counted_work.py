@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from vqhit import VQHiT, VQHiTConfig
 from vqhit.bench import allocated, count_gflops
 from vqhit.bench_tokenizer import sample_inputs
-from vqhit.hit import HiTConfig, StemConfig
+from vqhit.hit import HiTConfig
 from vqhit.quantizer import QuantizerConfig
+from vqhit.stems import StemConfig
 from vqhit.vector_quantize import build_quantizer
 from vqhit.vqgan import EncoderConfig
 

@@ -9,10 +9,11 @@ from torch import nn
 
 from tests.test_sizes import config as slim_256
 from vqhit import HiTGenerator, VQHiT, VQHiTConfig, hit, layers
-from vqhit.hit import HiTConfig, StemConfig, ToRGB
+from vqhit.hit import HiTConfig, ToRGB
 from vqhit.layers import MLP, BatchNorm, CrossAttention
 from vqhit.models import HiTGeneratorConfig
 from vqhit.quantizer import QuantizerConfig
+from vqhit.stems import StemConfig
 from vqhit.vqgan import EncoderConfig
 
 HIT = {"widths": (32, 16, 16, 8), "depths": (2, 2, 1, 1), "heads": (4, 4, 2, 2), "block_sizes": (4, 4)}

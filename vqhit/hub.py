@@ -74,8 +74,9 @@ class Pretrained(nn.Module):
         between them into one: exact but for rounding (1e-5 in images; tokens are the same). Such a model can be neither
         trained nor saved. Models are not optimised when they are loaded: call it after `from_pretrained`.
 
-        With `compile`, `torch.compile` gets its parts: the first images take minutes, and so do the first ones of
-        another size. Then all batch sizes are the same code (except 1, on a GPU).
+        With `compile`, `torch.compile` gets its parts (on the CPU all but VQGAN's encoder, which would be slower): the
+        first images take a minute or more, and so do the first ones of another size. Then most batch sizes are the
+        same code: a batch of one is a case of its own.
         """
         if not self.optimized:
             self._optimize()

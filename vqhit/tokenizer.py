@@ -130,6 +130,10 @@ class VQHiTConfig(Config):
         )
 
 
+_PIXELS = 256 * 256
+"""Of the images that are decoded at a time on the CPU."""
+
+
 def _at_a_time(micro_batch: int | None, default: int) -> int:
     if micro_batch is not None and (type(micro_batch) is not int or micro_batch < 1):
         raise ValueError(f"micro_batch is {micro_batch!r}; allowed: a whole number, 1 or more")
@@ -294,12 +298,15 @@ pictures[0].save("reconstruction.png")""",
     def decode(self, tokens: Tensor, micro_batch: int | None = None) -> Tensor:
         """Tokens to image: (B, h, w) int64, or (B, h*w) of the native grid -> (B, 3, H, W) float, clamped to [-1, 1].
 
-        `micro_batch` is how many images are decoded at a time, all of them by default: it bounds memory, and moves
-        values by rounding alone. Raises `ValueError` for a wrong shape, size or dtype, or a token outside
+        `micro_batch` is how many images are decoded at a time: it bounds memory, and moves values by rounding alone. By
+        default that is on the CPU as many as have 256x256 pixels together, one at least, which takes no longer than all
+        of them; elsewhere all. Raises `ValueError` for a wrong shape, size or dtype, or a token outside
         [0, codebook_size).
         """
         tokens = self._checked_tokens(tokens)
-        parts = tokens.split(_at_a_time(micro_batch, max(len(tokens), 1)))
+        on_cpu = tokens.device.type == "cpu"
+        pixels = tokens[:1].numel() * self.config.encoder.downsampling**2
+        parts = tokens.split(_at_a_time(micro_batch, max(1, _PIXELS // pixels if on_cpu else len(tokens))))
         return torch.cat([self.decode_latents(self._codes(part)).clamp(-1, 1) for part in parts])
 
     @torch.no_grad()
