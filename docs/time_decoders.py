@@ -11,8 +11,8 @@ import tempfile
 import time
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
+from vqhit.bench import count_gflops
 from vqhit.images import from_uint8
 from vqhit.recipe import RunConfig
 from vqhit.train import Trainer
@@ -32,9 +32,8 @@ def seconds(part):
 
 def decoder_gflops(model):
     """GFLOPs of decoding one image."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.decode_latents(torch.zeros(1, model.config.quantizer.dim, *model.token_grid).to(model.quant_conv.weight))
-    return counter.get_total_flops() / 1e9
+    tokens = torch.zeros(1, *model.token_grid, dtype=torch.int64, device=model.quant_conv.weight.device)
+    return count_gflops(lambda: model.eval().decode(tokens))
 
 
 def main(paths, overrides):

@@ -15,7 +15,7 @@ import torch
 from vqhit import VQHiT, VQHiTConfig
 from vqhit.bench import time_in_turns
 from vqhit.export import PARTS, SUFFIXES, export, load_runner, sample_inputs
-from vqhit.layers import reestimate_batch_norm
+from vqhit.norms import reestimate_batch_norm
 from vqhit.tables import print_table
 
 ROUNDS = 5

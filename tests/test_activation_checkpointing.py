@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from vqhit.config import ConfigError
 from vqhit.convnet import ConvNetGenerator, ConvNetGeneratorConfig
 from vqhit.discriminator import Discriminator, DiscriminatorConfig
+from vqhit.execution import recompute_activations
 from vqhit.hit import HiTConfig
-from vqhit.layers import recompute_activations
 from vqhit.models import HiTGenerator, HiTGeneratorConfig, VQHiT
 from vqhit.objective import GANLossConfig, GANObjective, LossConfig, TokenizerObjective
 from vqhit.recipe import RunConfig
@@ -108,7 +108,7 @@ def test_nothing_is_recomputed_without_gradients(build, monkeypatch):
     def fail(*_, **__):
         raise AssertionError
 
-    monkeypatch.setattr("vqhit.layers.checkpoint", fail)
+    monkeypatch.setattr("vqhit.execution.checkpoint", fail)
     model, images = build("hit"), torch.rand(2, 3, 16, 16)
     model(images)  # nor where it is off
     recompute_activations(model)
@@ -169,14 +169,13 @@ def test_a_run_is_the_same_run(make_config, name):
             assert torch.equal(value, other[key]), key
 
 
-def test_compiled_it_trains_as_eager_models_do(make_config, monkeypatch):
-    compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend="aot_eager"))
+def test_compiled_it_trains_as_eager_models_do(make_config, traced):
     configs = [
         make_config("shallow", f"{on}", activation_checkpointing=on, compile=on, batch_size=4) for on in (False, True)
     ]
     for config in configs:
         Trainer(config).run()
+    assert traced == ["HiTBackbone"]
     for eager, other in zip(*map(metrics, configs), strict=True):
         for key, value in eager.items():
             assert other[key] == pytest.approx(value, rel=2e-3, abs=1e-5), key

@@ -9,18 +9,13 @@ from PIL import Image
 
 from vqhit.bench_generators import paper_generators
 from vqhit.discriminator import DiscriminatorConfig
-from vqhit.models import VQHiT, VQHiTConfig
+from vqhit.models import VQHiTConfig
 
 SPEED = {"relative": 1.0, "relative_lowest": 1.0, "relative_highest": 1.0}
 SPEED |= {"images_per_s": 2.0, "images_per_s_lowest": 1.0, "images_per_s_highest": 3.0}
 ROW = {"contender": "taming eager", **SPEED, "gflops": 4.0, "gflops_per_s": 8.0, "peak_mib": 5.0}
 PART = {"part": "encoder", "seconds": 2.0, "seconds_lowest": 1.0, "seconds_highest": 3.0, "share": 1.0}
 TRAINED = {"autoencoder": [ROW], "steps": [{**ROW, "r1_every": every} for every in (1, 16)], "parts": [PART]}
-
-
-@pytest.fixture(autouse=True)
-def optimizable(monkeypatch):
-    monkeypatch.setattr(VQHiT, "optimize_for_inference", lambda self: self, raising=False)
 
 
 @pytest.fixture(autouse=True)

@@ -3,17 +3,18 @@
 Recorded in `fixtures/counted_work.json`; after a change that is meant, record anew: python -m tests.test_counted_work
 """
 
+import copy
 import json
+import pickle
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from vqhit import VQHiT, VQHiTConfig
 from vqhit.bench import allocated, count_gflops
-from vqhit.bench_tokenizer import sample_inputs
+from vqhit.export import sample_inputs
 from vqhit.hit import HiTConfig
 from vqhit.quantizer import QuantizerConfig
 from vqhit.stems import StemConfig
@@ -32,11 +33,14 @@ def search_gflops(config, backward=False):
     """Of finding the nearest codes of one image; on the CPU, since autocast knows no meta device."""
     quantizer = build_quantizer(config.quantizer)
     latents = torch.zeros(1, config.quantizer.dim, *config.token_grid, requires_grad=backward)
-    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+
+    def search():
         quantized = quantizer(latents)
         if backward:
             (quantized.latents.sum() + quantized.loss).backward()
-    return counter.get_total_flops() / 1e9
+
+    with torch.set_grad_enabled(backward):
+        return count_gflops(search)
 
 
 def preset_gflops(preset):
@@ -60,9 +64,8 @@ def training_gflops(preset):
     with torch.device("meta"):
         model = VQHiT(config).train()
         images = torch.empty(1, 3, config.image_size, config.image_size)
-    with FlopCounterMode(display=False) as counter:
-        model.decode_latents(model.encode_latents(images)).sum().backward()
-    return counter.get_total_flops() / 1e9 + search_gflops(config, backward=True)
+    passes = count_gflops(lambda: model.decode_latents(model.encode_latents(images)).sum().backward())
+    return passes + search_gflops(config, backward=True)
 
 
 def packaged_memory():
@@ -153,6 +156,52 @@ def test_a_part_is_one_graph_whatever_the_batch(small, part):
                 torch._dynamo.mark_dynamic(tensor, 0)
             torch.testing.assert_close(compiled(*given), expected, rtol=1e-5, atol=1e-5)
     assert len(graphs) == 1
+
+
+def test_what_inference_compiles_is_the_same_code_whatever_the_batch(monkeypatch):
+    """Graphs for the stem, the stages of the whole map and a band of rows; for a batch of one the first two anew."""
+    monkeypatch.setattr("vqhit.hit._BAND_PIXELS", 512)  # two bands an image
+    torch.manual_seed(0)
+    config = VQHiTConfig(
+        encoder=EncoderConfig(
+            channels=32, channel_multipliers=(1, 1), num_res_blocks=1, attention_resolutions=(), z_channels=8
+        ),
+        quantizer=QuantizerConfig(codebook_size=32, dim=8),
+        stem=StemConfig(skip=True),
+        decoder=HiTConfig(widths=(32, 16, 16), depths=(1, 0, 0), heads=(4, 4, 4), block_sizes=(4,)),
+    )
+    eager, graphs = VQHiT(config).eval(), []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = copy.deepcopy(eager).optimize_for_inference()
+    for part in compiled.compiled_parts:
+        part.compile(backend=count, fullgraph=True)
+    counts = []
+    for batch in (2, 3, 5, 1, 4, 1):
+        images = sample_inputs(eager, "encoder", batch)
+        tokens = eager.encode(images)
+        assert torch.equal(compiled.encode(images), tokens)
+        torch.testing.assert_close(compiled.decode(tokens), eager.decode(tokens), rtol=1e-5, atol=1e-5)
+        counts.append(len(graphs))
+    assert counts == [3, 3, 3, 5, 5, 5]
+
+
+def test_a_copy_of_a_compiled_model_is_a_model_of_its_own(small):
+    compiled = copy.deepcopy(small)
+    for part in compiled.compiled_parts:
+        part.compile(backend="eager")
+    tokens = sample_inputs(small, "decoder", 2)
+    expected = compiled.decode(tokens)
+    other = pickle.loads(pickle.dumps(copy.deepcopy(compiled)))
+    assert torch.equal(other.decode(tokens), small.decode(tokens))
+    with torch.no_grad():
+        other.last_layer.bias += 0.25
+    assert (other.decode(tokens) - expected).mean() > 0.1
+    assert torch.equal(compiled.decode(tokens), expected)
 
 
 def inputs_of(model, part, batch):

@@ -7,8 +7,8 @@ import torch
 from vqhit.convnet import ConvNetGenerator, ConvNetGeneratorConfig
 from vqhit.generator import Purpose, draw_noise
 from vqhit.images import to_uint8
-from vqhit.layers import BatchNorm
 from vqhit.models import HiTGenerator, load_model
+from vqhit.norms import BatchNorm
 
 CONVNET = ConvNetGeneratorConfig(latent_dim=4, resolution=16, channels=8, attention_size=8)
 

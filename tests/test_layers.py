@@ -7,18 +7,9 @@ from torch import nn
 
 from tests.parity import golden
 from vqhit.hit import ToRGB
-from vqhit.layers import (
-    MLP,
-    BatchNorm,
-    CrossAttention,
-    Linear,
-    SelfAttention,
-    block,
-    build_norm,
-    depth_to_space,
-    space_to_depth,
-)
+from vqhit.layers import MLP, CrossAttention, Linear, SelfAttention, block, depth_to_space, space_to_depth
 from vqhit.layers import unblock as undo_block
+from vqhit.norms import BatchNorm, build_norm
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,9 @@ from torch import nn
 from tests.test_sizes import config as slim_256
 from vqhit import HiTGenerator, VQHiT, VQHiTConfig, hit, layers
 from vqhit.hit import HiTConfig, ToRGB
-from vqhit.layers import MLP, BatchNorm, CrossAttention
+from vqhit.layers import MLP, CrossAttention
 from vqhit.models import HiTGeneratorConfig
+from vqhit.norms import BatchNorm
 from vqhit.quantizer import QuantizerConfig
 from vqhit.stems import StemConfig
 from vqhit.vqgan import EncoderConfig
@@ -176,9 +177,12 @@ def test_an_optimized_model_is_neither_trained_nor_saved(tmp_path):
         assert not any(module.training for module in model.modules())
         assert not any(parameter.requires_grad for parameter in model.parameters())
         for refused in (model.train, lambda model=model: model.save_pretrained(tmp_path / "model")):
-            with pytest.raises(ValueError, match=r"^the model is optimized for inference: its norms are no longer .*$"):
+            with pytest.raises(
+                ValueError,
+                match=r"^the model is optimized for inference, its layers merged, which .*$",
+            ):
                 refused()
-        with pytest.raises(ValueError, match=r"^the model is optimized for inference: its norms are no longer .*$"):
+        with pytest.raises(ValueError, match=r"^the model is optimized for inference, its layers merged, which .*$"):
             model.push_to_hub("someone/model")
         assert not (tmp_path / "model").exists()
         assert model.train(False) is model

@@ -12,6 +12,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "vqhit"
 FLOORS = [
     {"config", "distributed", "files", "options", "pickles", "repository", "sizes", "tables"},
+    {"norms"},
+    {"execution"},
     {
         "images",
         "layers",

@@ -17,7 +17,7 @@ from vqhit.config import ConfigError
 from vqhit.evaluate import evaluate_tokenizer
 from vqhit.files import KnownFile, sha256
 from vqhit.images import from_uint8
-from vqhit.layers import BatchNorm, reestimate_batch_norm
+from vqhit.norms import BatchNorm, reestimate_batch_norm
 from vqhit.protocol import EvaluationSettings
 from vqhit.train import RunConfig, Trainer
 
@@ -530,12 +530,9 @@ def test_every_quantizer_trains(make_config, quantizer):
 
 
 @pytest.mark.parametrize("decoder", ["hit", "conv"])
-def test_compiled_parts_train_as_eager_ones_do(make_config, whole_recipe, conv_config, tmp_path, monkeypatch, decoder):
+def test_compiled_parts_train_as_eager_ones_do(make_config, whole_recipe, conv_config, tmp_path, traced, decoder):
     if decoder == "conv":
         whole_recipe["model"] = conv_config.to_dict()
-    # Traced and differentiated ahead of time as always; generating code for it would take the test two minutes.
-    compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend="aot_eager"))
     values = []
     for compiled in (False, True):
         config = make_config(**{**whole_recipe, "run_dir": str(tmp_path / f"{compiled}"), "compile": compiled})

@@ -13,11 +13,12 @@ import torch
 from tests.inception import Colours, Differences
 from vqhit import HiTGenerator, HiTGeneratorConfig, VQHiT, distributed
 from vqhit.comparison import Comparison
+from vqhit.execution import checkpointed
 from vqhit.frechet import FeatureSums
 from vqhit.hit import HiTConfig
 from vqhit.inception_score import InceptionScore
-from vqhit.layers import BatchNorm, checkpointed
 from vqhit.measure import ImageSet, measure, take_pairs, take_pictures, take_reference, take_samples
+from vqhit.norms import BatchNorm
 from vqhit.recipe import RunConfig
 from vqhit.sources import open_source
 from vqhit.train import Trainer

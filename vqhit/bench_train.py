@@ -22,7 +22,7 @@ from vqhit.bench import (
     time_in_turns,
 )
 from vqhit.discriminator import Discriminator, DiscriminatorConfig
-from vqhit.layers import recompute_activations
+from vqhit.execution import recompute_activations
 from vqhit.losses import discriminator_loss, generator_loss, r1_penalty, reconstruction_loss
 from vqhit.models import VQHiT, VQHiTConfig
 from vqhit.objective import LossConfig, TokenizerObjective
@@ -284,7 +284,14 @@ class _Step:
                 distance = self.perceptual(images.clone().requires_grad_(), images)
             distance.backward()
 
-        return {
+        def alone(part: Callable[[], None]) -> Callable[[], None]:
+            def run() -> None:
+                self.forget()
+                part()
+
+            return run
+
+        found = {
             "encoder": encoder,
             "codebook": codebook,
             "decoder": decoder,
@@ -292,8 +299,8 @@ class _Step:
             "D on photographs": on_photographs,
             "R1": r1,
             "perceptual": perceptual,
-            "Adam": self.update,
         }
+        return {name: alone(part) for name, part in found.items()} | {"Adam": self.update}
 
 
 def random_vgg16() -> FeatureDistance:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from vqhit.config import Config, Count
 from vqhit.discriminator import Conv, Dense
+from vqhit.execution import checkpointed
 from vqhit.generator import Generator, generator_kind
-from vqhit.layers import BatchNorm, checkpointed
+from vqhit.norms import BatchNorm
 
 _FIRST_SIZE = 4
 _EPSILON = 1e-5

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vqhit.card import ModelKind
 from vqhit.hub import Pretrained
-from vqhit.layers import in_eval_mode
+from vqhit.norms import in_eval_mode
 
 _AT_A_TIME = 32
 

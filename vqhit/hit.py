@@ -14,26 +14,23 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from vqhit.config import Config, Count, Depth, Flag
+from vqhit.execution import Compilable, checkpointed, works_in_cache
 from vqhit.layers import (
     MLP,
     Axis,
-    Compilable,
     CrossAttentionBlock,
     Linear,
     Memory,
-    Norm,
     SelfAttentionBlock,
     block,
-    build_norm,
-    checkpointed,
     depth_to_space,
-    fold_norm,
     truncated_normal_,
     unblock,
-    works_in_cache,
 )
+from vqhit.norms import Norm, build_norm, exact, fold_norm
 
 _BAND_PIXELS = 4096
+"""Pixels of the image that pass through the last stages at a time, on the CPU."""
 FIRST_SIZE = 8
 """Height and width of the first feature map, in every HiT."""
 
@@ -164,10 +161,10 @@ class MLPToRGB(nn.Module):
         super().__init__()
         self.mlp, self.to_rgb = mlp, to_rgb
         rgb, fc2 = to_rgb.linear, mlp.fc2
-        weight = rgb.weight.double()
+        weight = exact(rgb.weight)
         self.linear = nn.Linear(fc2.in_features, 3, device=rgb.weight.device, dtype=rgb.weight.dtype)
-        self.linear.weight.copy_(weight @ fc2.weight.double())
-        self.linear.bias.copy_(weight @ fc2.bias.double())
+        self.linear.weight.copy_(weight @ exact(fc2.weight))
+        self.linear.bias.copy_(weight @ exact(fc2.bias))
         del mlp.fc2
 
     def forward(self, x: Tensor, image: Tensor | None) -> Tensor:
@@ -306,6 +303,8 @@ class HiTBackbone(Compilable, nn.Module):
     def last_layer(self) -> Linear:
         """The last stage's layer to RGB, against whose weight VQGAN's adaptive loss weight is taken."""
         last = self.stages[-1].to_rgb
+        if isinstance(last, MLPToRGB):
+            raise ValueError("the model is optimized for inference: its layer to RGB is merged with the one before")
         assert isinstance(last, ToRGB)
         return last.linear
 

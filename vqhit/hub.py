@@ -42,7 +42,7 @@ STATE_LIST_FILE = "training_state.json"
 PUBLISHED = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE, GRID_FILE, RUN_CONFIG_FILE, STATE_LIST_FILE, *STATE_FILES)
 """All that is ever published: what an older push left of these, and a new one has not, is removed."""
 _FLOATING = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
-_OPTIMIZED = "the model is optimized for inference: its norms are no longer layers of their own"
+_OPTIMIZED = "the model is optimized for inference, its layers merged, which cannot be undone"
 PACKAGED = Path(__file__).parent / "pretrained"
 """The models that come with the package, a folder each."""
 
@@ -70,13 +70,15 @@ class Pretrained(nn.Module):
     def optimize_for_inference(self, *, compile: bool = False) -> Self:
         """Make this model faster, in place, where that cannot be undone; returns it, in eval mode, without gradients.
 
-        Batch norm, and layer norm's affine part, go into the linear layers that read them, and layers with nothing
-        between them into one: exact but for rounding (1e-5 in images; tokens are the same). Such a model can be neither
-        trained nor saved. Models are not optimised when they are loaded: call it after `from_pretrained`.
+        HiT's batch norm, and layer norm's affine part, go into the linear layers that read them, and its last MLP into
+        the layer to RGB; VQGAN's convolutions become channels-last. In float32 images move by rounding alone (1e-5),
+        and so do latents: a token may change where two codes are equally near. For other precisions call it before
+        `to(dtype)`. Such a model can be neither trained nor saved, and runs at its best without gradients, as in
+        `encode`, `decode` and `sample`, or under `torch.no_grad()`. Models are not optimised when they are loaded.
 
-        With `compile`, `torch.compile` gets its parts (on the CPU all but VQGAN's encoder, which would be slower): the
-        first images take a minute or more, and so do the first ones of another size. Then most batch sizes are the
-        same code: a batch of one is a case of its own.
+        With `compile`, `torch.compile` gets its parts, on the CPU all but VQGAN's encoder, which would be slower. The
+        first images take a minute or more, and so do the first ones of another size, and the first batch of one among
+        larger ones or the reverse; other batch sizes are the same code.
         """
         if not self.optimized:
             self._optimize()

@@ -4,17 +4,15 @@ Feature maps are channels-last, (B, H, W, C) or blocked: (B, G, P, C) holds G bl
 Conventions and numbers follow the official TensorFlow code (google-research/hit-gan) wherever the paper leaves a gap.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from vqhit import distributed
+from vqhit.execution import works_in_cache
+from vqhit.norms import Norm, build_norm, fold_norm
 
 
 def block(x: Tensor, size: int) -> Tensor:
@@ -54,211 +52,16 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
-class BatchNorm(nn.BatchNorm1d):
-    """Batch normalisation of the last axis over all others: (..., C) -> (..., C).
-
-    Keras' epsilon 1e-3, by default, and momentum 0.99 (torch counts the other way: 0.01). The running variance is the
-    unbiased one.
-    Departure: the paper says layer norm (appendix A.1); the official code and its results have batch norm.
-
-    `synchronized`, set before training with several processes, takes the statistics over the batches of all of them,
-    which must be equally large (the official code: of each by itself). torch's SyncBatchNorm needs CUDA; this does not.
-    """
-
-    recomputing: ClassVar = False
-    """While the backward pass repeats a part of the forward pass, which has already moved the running statistics."""
-
-    def __init__(self, channels: int, eps: float = 1e-3) -> None:
-        super().__init__(channels, eps=eps, momentum=0.01)
-        self.synchronized = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        if self.training and self.synchronized and distributed.world_size() > 1:
-            return self._synchronized(rows).view(x.shape)
-        if self.training and BatchNorm.recomputing:
-            assert self.running_mean is not None
-            assert self.running_var is not None
-            thrown_away = self.running_mean.clone(), self.running_var.clone()
-            return F.batch_norm(rows, *thrown_away, self.weight, self.bias, training=True, eps=self.eps).view(x.shape)
-        return super().forward(rows).view(x.shape)
-
-    def _synchronized(self, rows: Tensor) -> Tensor:
-        exact = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        own_variance, own_mean = torch.var_mean(exact, 0, unbiased=False)
-        means, variances = distributed.gathered(torch.stack([own_mean, own_variance])).unbind(1)
-        mean = means.mean(0)
-        variance = (variances + (means - mean).square()).mean(0)
-        if not BatchNorm.recomputing:
-            self._move(mean, variance, len(rows) * len(means))
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return torch.addcmul(self.bias - mean * scale, exact, scale).to(rows.dtype)
-
-    @torch.no_grad()
-    def _move(self, mean: Tensor, variance: Tensor, count: int) -> None:
-        """Move the running statistics towards those of `count` rows."""
-        assert self.num_batches_tracked is not None
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        self.num_batches_tracked.add_(1)
-        weight = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
-        self.running_mean.lerp_(mean.to(self.running_mean), weight)
-        self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var), weight)
-
-
-@torch.no_grad()
-def fold_norm(norm: nn.Module, readers: Iterable[nn.Linear]) -> nn.Module:
-    """Move a norm's scale and shift into the linear layers that read it; returns what is left of it.
-
-    Exact but for rounding: nothing is left of batch norm, as it is in eval mode; of layer norm all but the affine part.
-    """
-    scale, shift, rest = _scale_and_shift(norm)
-    for reader in readers:
-        reader.bias.copy_(reader.bias.double() + reader.weight.double() @ shift)
-        reader.weight.copy_(reader.weight.double() * scale)
-    return rest
-
-
-@torch.no_grad()
-def fold_norm_back(norm: nn.Module, source: nn.Linear, *added: Tensor) -> nn.Module:
-    """Move batch norm into the linear layer, and what is added to its output, that the norm reads; else nothing.
-
-    The layer may give several vectors, one after the other, each of which the norm reads.
-    """
-    if not isinstance(norm, BatchNorm):
-        return norm
-    scale, shift, rest = _scale_and_shift(norm)
-    vectors = source.out_features // len(scale)
-    source.weight.copy_(source.weight.double() * scale.repeat(vectors).unsqueeze(1))
-    source.bias.copy_(source.bias.double() * scale.repeat(vectors) + shift.repeat(vectors))
-    for tensor in added:
-        tensor.copy_(tensor.double() * scale)
-    return rest
-
-
-def _scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor, nn.Module]:
-    if isinstance(norm, nn.LayerNorm):
-        rest = nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False)
-        return norm.weight.double(), norm.bias.double(), rest
-    assert isinstance(norm, BatchNorm)
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt()
-    return scale, norm.bias.double() - norm.running_mean.double() * scale, nn.Identity()
-
-
-Norm = Literal["batch", "layer"]
-
-
-def build_norm(kind: Norm, channels: int) -> nn.Module:
-    """Normalisation of the last axis: batch, or layer with the official code's epsilon 1e-6 (appendix A.1, Table 8)."""
-    return BatchNorm(channels) if kind == "batch" else nn.LayerNorm(channels, eps=1e-6)
-
-
-class Compilable:
-    """A module of which `compile` gives `_run`, all that costs time, to torch.compile, and not the loop around it.
-
-    Without gradients each batch size but 1 is the same code: what passes is `batched`.
-    """
-
-    _run: Callable[..., Any]
-    _compiled = False
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """As `nn.Module.compile`."""
-        self._run = torch.compile(self._run, *args, dynamic=False, **kwargs)
-        self._compiled = True
-
-    def batched(self, *tensors: Tensor) -> None:
-        """Say that the first dimension of tensors may be any."""
-        if self._compiled and not torch.is_grad_enabled():
-            for tensor in tensors:
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
-
-
 _CACHED_VALUES = 1 << 19
 """What a pass over pixels may hold of them between its layers: 2 MiB in float32, of the size of processors' caches."""
 
 
-def works_in_cache(module: nn.Module, x: Tensor) -> bool:
-    """Whether to pass few pixels at a time through several layers: on the CPU, in eval mode, without gradients.
-
-    In training mode batch norm needs all pixels at once; a compiler sees to its own order.
-    """
-    lean = x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return lean and not module.training
-
-
 def add_linear(x: Tensor, update: Tensor, layer: nn.Linear) -> Tensor:
-    """x + layer(update), in one product that adds to its result where it may: (..., C), (..., K) -> (..., C)."""
-    if not works_in_cache(layer, x) or torch.is_autocast_enabled("cpu"):
+    """x + layer(update), without gradients in one product that adds to its result: (..., C), (..., K) -> (..., C)."""
+    if torch.is_autocast_enabled(x.device.type):
         return x + layer(update)
     out = (x + layer.bias).flatten(0, -2)
     return out.addmm_(update.flatten(0, -2), layer.weight.t()).view(x.shape)
-
-
-@contextmanager
-def _recomputing() -> Iterator[None]:
-    BatchNorm.recomputing = True
-    try:
-        yield
-    finally:
-        BatchNorm.recomputing = False
-
-
-def checkpointed(recompute: bool, part: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """`part(*inputs)`; with `recompute`, its activations are not kept for the backward pass, which computes them again.
-
-    Losses, gradients and running statistics stay the same (on the CPU to the bit). `part` must draw no random numbers.
-    Batch norm over several processes exchanges its statistics again, all in the same order: the backward pass's.
-    """
-    if not recompute or not torch.is_grad_enabled():
-        return part(*inputs)
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    if not torch.compiler.is_compiling():  # compiled code moves running statistics in its forward pass only
-        options["context_fn"] = lambda: (nullcontext(), _recomputing())
-    return checkpoint(part, *inputs, **options)
-
-
-def recompute_activations(model: nn.Module) -> None:
-    """From now on `model` trains with activation checkpointing: less memory, and a second forward pass."""
-    for module in model.modules():
-        if hasattr(module, "recompute"):
-            setattr(module, "recompute", True)  # noqa: B010  (typed as a submodule)
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode for a while; then every part has the mode that it had."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-
-
-@torch.no_grad()
-def reestimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Replace the running statistics by averages over `batches`, run through `model` as it is now.
-
-    The usual running average trails weights that move fast: after a few hundred steps evaluation would see statistics
-    of weights long gone. Leaves the model in the mode it was in.
-    """
-    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
-    training, momenta = model.training, [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # torch: a plain average over all batches
-    try:
-        model.train()
-        for batch in batches:
-            model(batch)
-    finally:
-        model.train(training)
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -384,7 +187,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not works_in_cache(self, x):
-            return add_linear(x, self.hidden(x), self.fc2)
+            return x + self.fc2(self.hidden(x))
         parts = x.flatten(0, -2).split(max(1, _CACHED_VALUES // self.fc1.out_features))
         return torch.cat([add_linear(part, self.hidden(part), self.fc2) for part in parts]).view(x.shape)
 

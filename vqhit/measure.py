@@ -15,8 +15,8 @@ from vqhit.data import Batch, CenterCrops, Skipped, load_batches
 from vqhit.folder import DataError
 from vqhit.generator import Generator
 from vqhit.images import from_uint8, to_uint8
-from vqhit.layers import in_eval_mode
 from vqhit.models import VQHiT
+from vqhit.norms import in_eval_mode
 from vqhit.sources import ImageSource
 from vqhit.stopwatch import Stopwatch
 

@@ -18,10 +18,10 @@ from vqhit.folder import DataError, FolderSource
 from vqhit.frechet import FeatureStatistics
 from vqhit.generator import Generator
 from vqhit.images import compare_grid, from_uint8, image_grid, rows_of, to_uint8
-from vqhit.layers import in_eval_mode
 from vqhit.logs import LogConfig, Logs
 from vqhit.measure import ImageSet, Taken, exact_float32, measure, take_reference, take_samples
 from vqhit.models import VQHiT, VQHiTConfig
+from vqhit.norms import in_eval_mode
 from vqhit.progress import say
 from vqhit.recipe import RunConfig
 from vqhit.runs import EVALUATIONS, METRICS, RunFolder

@@ -15,8 +15,8 @@ from vqhit.discriminator import Discriminator
 from vqhit.ema import EMA
 from vqhit.files import sha256, write_atomic
 from vqhit.generator import Generator
-from vqhit.layers import BatchNorm
 from vqhit.models import VQHiT, build_model
+from vqhit.norms import BatchNorm
 from vqhit.objective import GANLossConfig, LossConfig
 from vqhit.optimizer import Optimizer
 from vqhit.quantizer import Quantizer

@@ -14,8 +14,10 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from vqhit.config import Config, Count, Flag
+from vqhit.execution import Compilable
 from vqhit.hit import FIRST_SIZE, HiTConfig
-from vqhit.layers import Compilable, Linear, Norm, build_norm, fold_norm_back, space_to_depth, truncated_normal_
+from vqhit.layers import Linear, space_to_depth, truncated_normal_
+from vqhit.norms import Norm, build_norm, fold_norm_back
 
 
 class LatentTokens(nn.Module):

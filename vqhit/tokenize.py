@@ -21,9 +21,9 @@ from vqhit.folder import DataError, FolderSource
 from vqhit.hub import WEIGHTS_FILE, locate
 from vqhit.images import from_uint8
 from vqhit.labels import Labels, labels_of, readable
-from vqhit.layers import in_eval_mode
 from vqhit.measure import copied_ahead, exact_float32
 from vqhit.models import VQHiT
+from vqhit.norms import in_eval_mode
 from vqhit.progress import ProgressBar, say
 from vqhit.sources import DatasetSource, ImageSource, SourceConfig, evenly_spaced, is_image_folder, open_source
 from vqhit.token_folder import FORMAT_VERSION, TokenFolder, digest

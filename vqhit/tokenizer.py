@@ -130,7 +130,7 @@ class VQHiTConfig(Config):
         )
 
 
-_PIXELS = 256 * 256
+_PIXELS_AT_A_TIME = 256 * 256
 """Of the images that are decoded at a time on the CPU."""
 
 
@@ -285,7 +285,8 @@ pictures[0].save("reconstruction.png")""",
 
         `micro_batch` is how many images are encoded at a time: it bounds memory, and with 1 an image's tokens do not
         depend on the batch it comes in. By default that is 1 on the CPU, where it costs no time at 256 px and a
-        little at 64, and all of them elsewhere. Raises `ValueError` for a wrong shape, size, dtype or range of values.
+        little at 64 (and the encoder never takes more), and all of them elsewhere. Raises `ValueError` for a wrong
+        shape, size, dtype or range of values.
         """
         self._check_images(images)
         low, high = (float(bound) for bound in images.aminmax()) if images.numel() else (0.0, 0.0)
@@ -305,8 +306,8 @@ pictures[0].save("reconstruction.png")""",
         """
         tokens = self._checked_tokens(tokens)
         on_cpu = tokens.device.type == "cpu"
-        pixels = tokens[:1].numel() * self.config.encoder.downsampling**2
-        parts = tokens.split(_at_a_time(micro_batch, max(1, _PIXELS // pixels if on_cpu else len(tokens))))
+        pixels = math.prod(tokens.shape[1:]) * self.config.encoder.downsampling**2
+        parts = tokens.split(_at_a_time(micro_batch, max(1, _PIXELS_AT_A_TIME // pixels if on_cpu else len(tokens))))
         return torch.cat([self.decode_latents(self._codes(part)).clamp(-1, 1) for part in parts])
 
     @torch.no_grad()

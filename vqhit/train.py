@@ -21,14 +21,15 @@ from vqhit import __version__, checkpoint, distributed
 from vqhit.augment import Draws, draw
 from vqhit.config import ConfigError
 from vqhit.distributed import SharedError, StopSignal
+from vqhit.execution import recompute_activations
 from vqhit.feed import Feed
 from vqhit.finetune import BegunWith, begin_with, write_begun_with
 from vqhit.folder import DataError
 from vqhit.generator import Generator, Purpose, draw_noise
 from vqhit.hub import select_device
 from vqhit.images import from_uint8
-from vqhit.layers import BatchNorm, recompute_activations, reestimate_batch_norm
 from vqhit.models import VQHiT, VQHiTOutput
+from vqhit.norms import BatchNorm, reestimate_batch_norm
 from vqhit.objective import GANLossConfig, GANObjective, LossConfig, TokenizerObjective
 from vqhit.perceptual import check_image_size, perceptual_network
 from vqhit.progress import ProgressBar, say

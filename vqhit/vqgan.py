@@ -16,7 +16,7 @@ from taming.modules.diffusionmodules import model as taming
 from torch import Tensor, nn
 
 from vqhit.config import Config, ConfigError, Count, Layers
-from vqhit.layers import Compilable, checkpointed
+from vqhit.execution import Compilable, checkpointed
 
 _GROUPS = 32
 MAX_RESOLUTION = 4096  # as HiT's
