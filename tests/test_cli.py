@@ -106,32 +106,34 @@ def test_photographs_are_reconstructed_at_another_size(inside, model_folder, tmp
     )
 
 
-def test_a_file_that_is_no_image_is_named_and_nothing_is_written(model_folder, tmp_path, picture):
+def test_a_file_that_is_no_image_is_named_and_nothing_is_written(inside, model_folder, tmp_path, picture):
     picture(20, 20).save(tmp_path / "good.png")
     (tmp_path / "page.jpg").write_text("<html>")
-    result = vqhit("reconstruct", "good.png", "page.jpg", "--model", "model", "--out", "pictures", cwd=tmp_path)
+    result = inside("reconstruct", "good.png", "page.jpg", "--model", "model", "--out", "pictures", cwd=tmp_path)
     fails(result, "page.jpg: not an image")
     assert not (tmp_path / "pictures").exists()
 
 
-def test_two_photographs_of_one_name_are_refused(model_folder, tmp_path, picture):
+def test_two_photographs_of_one_name_are_refused(inside, model_folder, tmp_path, picture):
     (tmp_path / "other").mkdir()
     picture(20, 20).save(tmp_path / "a.png")
     picture(20, 20).save(tmp_path / "other" / "a.jpg")
-    result = vqhit("reconstruct", "a.png", "other/a.jpg", "--model", "model", "--out", "pictures", cwd=tmp_path)
+    result = inside("reconstruct", "a.png", "other/a.jpg", "--model", "model", "--out", "pictures", cwd=tmp_path)
     fails(result, "pictures/a.png")
 
 
-def test_a_photograph_is_never_overwritten(model_folder, tmp_path, picture):
+def test_a_photograph_is_never_overwritten(inside, model_folder, tmp_path, picture):
     picture(20, 20).save(tmp_path / "a.png")
     before = (tmp_path / "a.png").read_bytes()
-    fails(vqhit("reconstruct", "a.png", "--model", "model", "--out", ".", cwd=tmp_path), "would overwrite a photograph")
+    fails(
+        inside("reconstruct", "a.png", "--model", "model", "--out", ".", cwd=tmp_path), "would overwrite a photograph"
+    )
     assert (tmp_path / "a.png").read_bytes() == before
 
 
-def test_paths_may_look_like_markup(model_folder, photo_folder, tmp_path):
+def test_paths_may_look_like_markup(inside, model_folder, photo_folder, tmp_path):
     photo_folder.rename(tmp_path / "ph [bold] x")
-    result = vqhit("eval", "--model", "model", "--data", "ph [bold] x", "--metrics", "psnr", cwd=tmp_path)
+    result = inside("eval", "--model", "model", "--data", "ph [bold] x", "--metrics", "psnr", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "ph [bold] x" in result.stdout
 
@@ -302,9 +304,9 @@ def test_mistakes_with_generators_are_one_line_each(inside, model_folder, genera
     assert not (tmp_path / "new").exists()
 
 
-def test_the_demo_and_the_one_that_trains_write_beside_each_other(tmp_path):
-    assert vqhit("demo", cwd=tmp_path).returncode == 0
-    trained = vqhit("demo", "--train", "train.steps=2", "train.batch_norm_batches=1", cwd=tmp_path)
+def test_the_demo_and_the_one_that_trains_write_beside_each_other(inside, tmp_path):
+    assert inside("demo", cwd=tmp_path).returncode == 0
+    trained = inside("demo", "--train", "train.steps=2", "train.batch_norm_batches=1", cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
     assert "demo/trained/model" in trained.stdout
     found = [json.loads((tmp_path / "demo" / part / "results.json").read_text()) for part in ("", "trained")]
@@ -318,7 +320,7 @@ def test_only_a_bare_name_is_that_of_a_packaged_model(inside, photo_folder, tmp_
     fails(inside(*given, "./vqhit-tiny-64", cwd=tmp_path), "vqhit-tiny-64: no such folder")
 
 
-def test_the_imagenet_config_takes_a_step_of_the_whole_recipe(photo_folder, tmp_path):
+def test_the_imagenet_config_takes_a_step_of_the_whole_recipe(inside, photo_folder, tmp_path):
     config = Path(__file__).parent.parent / "configs" / "vqhit_imagenet256.yaml"
     features = models.squeezenet1_1(weights=None).features.state_dict(prefix="features.")
     save_file(features, tmp_path / "features.safetensors")
@@ -336,7 +338,7 @@ def test_the_imagenet_config_takes_a_step_of_the_whole_recipe(photo_folder, tmp_
         "loss.perceptual_features={network: squeezenet1_1, layers: [1]}",
         "loss.perceptual_weights=features.safetensors",
     ]
-    result = vqhit("train", config, f"data.path={photo_folder}", *overrides, cwd=tmp_path)
+    result = inside("train", config, f"data.path={photo_folder}", *overrides, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     run_dir = tmp_path / "runs" / "vqhit_imagenet256"
     record = json.loads((run_dir / "metrics.jsonl").read_text())
