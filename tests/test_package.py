@@ -37,7 +37,7 @@ FLOORS = [
     {"vqgan", "quantizer", "hit", "hub", "folder", "discriminator", "extractors"},
     {"sources", "generator", "comparison", "token_shards", "stems"},
     {"data", "convnet", "doctor", "labels", "token_folder"},
-    {"vector_quantize", "codebook", "views"},
+    {"vector_quantize", "codebook", "views", "tokenizer_config"},
     {"tokenizer", "plots"},
     {"models"},
     {"measure", "convert", "convert_vqgan", "objective", "prepare", "bench_generators", "peer"},
